@@ -1,0 +1,68 @@
+"""Names of volumes and backups: what is allowed, and how a backup's file is called (pure)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container
+from datetime import UTC, datetime
+
+PART_SIZE_MAX = 255
+VOLUME_SIZE_MAX = 4096
+IMAGE_SUFFIXES = (".img", ".raw")
+LATEST_NAME = "latest.img"
+METADATA_NAME = "metadata.json"
+
+# The UTC time of the data, then -2, -3… for further backups of the same second.
+BACKUP_NAME = re.compile(r"\d{4}-\d\d-\d\dT\d{6}Z(?:-[1-9]\d{0,8})?\.img")
+
+
+def check_volume_name(volume: str) -> str:
+    """Why ``volume`` cannot be a volume's name; empty where it can."""
+    try:
+        encoded = volume.encode()
+    except UnicodeEncodeError:
+        return "it is not valid UTF-8"
+    if not encoded or len(encoded) > VOLUME_SIZE_MAX:
+        return f"it must have 1 to {VOLUME_SIZE_MAX} bytes"
+    for part in volume.split("/"):
+        problem = _check_part(part)
+        if problem:
+            return problem
+    return ""
+
+
+def _check_part(part: str) -> str:
+    if part in ("", ".", ".."):
+        return "it has an empty part or one of dots"
+    if "\0" in part:
+        return "it has a zero byte"
+    if len(part.encode()) > PART_SIZE_MAX:
+        return f"a part of it is longer than {PART_SIZE_MAX} bytes"
+    if part in (LATEST_NAME, METADATA_NAME) or BACKUP_NAME.fullmatch(part):
+        return f"{part!r} is the name of a file that stands beside backups"
+    return ""
+
+
+def volume_of(staged: str) -> str:
+    """The volume that a path below ``staging/`` is for: the path without one image suffix."""
+    for suffix in IMAGE_SUFFIXES:
+        stem = staged.removesuffix(suffix)
+        if stem != staged and stem and not stem.endswith("/"):
+            return stem
+    return staged
+
+
+def backup_name(data_timestamp: datetime, taken: Container[str]) -> str:
+    """The file name of a backup of that moment which is not in ``taken``."""
+    stamp = data_timestamp.astimezone(UTC).strftime("%Y-%m-%dT%H%M%SZ")
+    name, number = f"{stamp}.img", 1
+    while name in taken:
+        number += 1
+        name = f"{stamp}-{number}.img"
+    return name
+
+
+def order_of(name: str) -> tuple[str, int]:
+    """A key that sorts backups of one volume by time, then by number."""
+    stamp, _, number = name.removesuffix(".img").partition("Z")
+    return stamp, int(number.removeprefix("-") or 1)

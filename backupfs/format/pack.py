@@ -1,0 +1,113 @@
+"""A pack: many blobs in one object, then a footer that lists them and a fixed tail (pure).
+
+Footer last: the sizes are known only when the pack is complete, and one ranged read of its end
+lists it. The tail's digest covers footer, tail and the pack's own id, so a footer of another pack
+is refused. Layout in docs/format.md, "Pack".
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from backupfs.format.blob import HEADER, LEVEL_MAX
+from backupfs.format.ids import DIGEST_SIZE, IdScheme
+from backupfs.types import BlobId, Buffer, ObjectName, PackId
+
+MAGIC = b"BFSpack1"
+VERSION = 1
+# magic, version, reserved (zero), entry count, size of all blobs in bytes
+TAIL = struct.Struct("<8sHHIQ")
+assert TAIL.size == 24
+TAIL_SIZE = TAIL.size + DIGEST_SIZE
+# blob id, offset in the pack, size with its header, level, reserved (zero)
+ENTRY = struct.Struct("<32sIIBxxx")
+assert ENTRY.size == 44
+
+PACK_SIZE_MAX = 1 << 30  # an entry's offset has 32 bits
+ENTRY_COUNT_MAX = 1 << 22
+PACKS_PREFIX = "packs/"
+
+
+class BadPackError(ValueError):
+    """The bytes are not the end of the pack they should be; the text says in what way."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackEntry:
+    """Where one blob lies. Holds: offset + size <= size of all blobs of the pack."""
+
+    blob_id: BlobId
+    offset: int  # bytes from the start of the pack
+    size: int  # bytes as stored, with the blob's header
+    level: int
+
+
+def pack_name(pack_id: PackId) -> ObjectName:
+    """The object that holds a pack: "packs/ab/abcd…"."""
+    text = pack_id.hex()
+    return ObjectName(f"{PACKS_PREFIX}{text[:2]}/{text}")
+
+
+def pack_id_of(name: str) -> PackId | None:
+    """The id in an object's name, or None where the name is no pack's."""
+    parts = name.split("/")
+    if len(parts) != 3 or parts[0] != "packs" or len(parts[2]) != 32 or parts[2][:2] != parts[1]:
+        return None
+    try:
+        return PackId(bytes.fromhex(parts[2]))
+    except ValueError:
+        return None
+
+
+def encode_footer(
+    pack_id: PackId, entries: Iterable[PackEntry], *, blobs_size: int, ids: IdScheme
+) -> bytes:
+    """Footer and tail, to be written right after the blobs."""
+    listed = [ENTRY.pack(entry.blob_id, entry.offset, entry.size, entry.level) for entry in entries]
+    footer = b"".join(listed)
+    tail = TAIL.pack(MAGIC, VERSION, 0, len(listed), blobs_size)
+    return footer + tail + ids.digest("pack", footer + tail + pack_id)
+
+
+def footer_size(tail: Buffer) -> int:
+    """Bytes of footer and tail together, read from the last ``TAIL_SIZE`` bytes of a pack.
+
+    Raises:
+        BadPackError: this is no pack's tail.
+    """
+    if len(tail) != TAIL_SIZE:
+        raise BadPackError("shorter than a pack's tail")
+    magic, version, reserved, entry_count, _blobs_size = TAIL.unpack_from(tail)
+    if magic != MAGIC:
+        raise BadPackError("no pack ends here")
+    if version != VERSION or reserved:
+        raise BadPackError(f"pack version {version} is unknown")
+    if entry_count > ENTRY_COUNT_MAX:
+        raise BadPackError("too many entries")
+    return int(entry_count) * ENTRY.size + TAIL_SIZE
+
+
+def decode_footer(
+    pack_id: PackId, data: Buffer, *, pack_size: int, ids: IdScheme
+) -> list[PackEntry]:
+    """The entries listed by footer and tail ``data`` of a pack of ``pack_size`` bytes in all.
+
+    Raises:
+        BadPackError: damaged, of another pack, or listing blobs that cannot be.
+    """
+    view = memoryview(data)
+    if len(view) != footer_size(view[-TAIL_SIZE:]):
+        raise BadPackError("footer is cut off")
+    if ids.digest("pack", bytes(view[:-DIGEST_SIZE]) + pack_id) != view[-DIGEST_SIZE:]:
+        raise BadPackError("footer does not match its digest")
+    blobs_size = TAIL.unpack_from(view, len(view) - TAIL_SIZE)[4]
+    if blobs_size + len(view) != pack_size:
+        raise BadPackError("pack has another size than its footer says")
+    entries = []
+    for blob_id, offset, size, level in ENTRY.iter_unpack(view[:-TAIL_SIZE]):
+        if size < HEADER.size or offset + size > blobs_size or level > LEVEL_MAX:
+            raise BadPackError("footer lists an impossible blob")
+        entries.append(PackEntry(blob_id=BlobId(blob_id), offset=offset, size=size, level=level))
+    return entries

@@ -1,0 +1,215 @@
+"""A record: the msgpack description of one backup; stored, exported and imported in one form (pure).
+
+A record is self-contained: with the packs it names (through ``root``), it alone restores its
+backup. A keyed digest covers every field, so one flipped bit is refused. Field by field in
+docs/format.md, "Record".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from backupfs.errors import InvalidRecord
+from backupfs.format import codec, tree
+from backupfs.format.config import CHUNK_SIZE_MAX, CHUNK_SIZE_MIN
+from backupfs.format.ids import DIGEST_SIZE, IdScheme
+from backupfs.format.names import BACKUP_NAME, check_volume_name
+from backupfs.types import BLOB_ID_SIZE, IMAGE_SIZE_MAX, BlobId, Buffer, ObjectName
+
+VERSION = 1
+RECORD_SIZE_MAX = 1 << 20
+METADATA_SIZE_MAX = 256 << 10
+RECORDS_PREFIX = "records/"
+KIND_FULL = "full"
+KIND_INCREMENTAL = "incremental"
+
+_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """Cinder's descriptive fields; free text that backupfs keeps and never interprets."""
+
+    display_name: str | None = None
+    display_description: str | None = None
+    availability_zone: str | None = None
+    user_id: str | None = None
+    project_id: str | None = None
+    container: str | None = None
+    snapshot_id: str | None = None
+    service: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One backup. All times are aware and in UTC; all sizes are bytes."""
+
+    backup_id: str  # a UUID, lower case
+    repository_id: str
+    volume: str
+    name: str  # of its file in the mount: "2026-11-22T142503Z.img", "…Z-2.img"
+    size: int
+    chunk_size: int
+    root: BlobId
+    height: int
+    kind: str  # "full" or "incremental"
+    parent_id: str | None  # provenance only: the parent may be gone
+    created_at: datetime
+    data_timestamp: datetime  # when the data were taken, to the second
+    source_mtime_ns: int | None  # modification time of what was copied, if it was told
+    source_mode: int | None  # permission bits of what was copied, if they were told
+    data_size: int  # bytes of chunks that are no holes
+    stored_bytes: int  # bytes this backup added to the repository
+    host: str
+    metadata: dict[str, Any] | None = None  # the volume's, if it went into the backup
+    description: Description = field(default_factory=Description)
+
+    @property
+    def object_name(self) -> ObjectName:
+        return record_name(self.backup_id)
+
+
+def record_name(backup_id: str) -> ObjectName:
+    """The object that holds a backup's record."""
+    return ObjectName(f"{RECORDS_PREFIX}{backup_id}.msgpack")
+
+
+def is_backup_id(text: str) -> bool:
+    """Whether ``text`` is written as backup ids are: a UUID in lower case."""
+    return _UUID.fullmatch(text) is not None
+
+
+def canonical_backup_id(text: str) -> str:
+    """A caller's UUID in the form backupfs keeps.
+
+    Raises:
+        InvalidRecord: it is no UUID.
+    """
+    try:
+        return str(uuid.UUID(text))
+    except ValueError as error:
+        raise InvalidRecord(reason=f"backup id {text!r} is no UUID") from error
+
+
+def encode_record(record: Record, ids: IdScheme) -> bytes:
+    """The record's bytes, its digest as the last key."""
+    value = {
+        "version": VERSION,
+        "id": record.backup_id,
+        "repository_id": record.repository_id,
+        "volume": record.volume,
+        "name": record.name,
+        "size": record.size,
+        "chunk_size": record.chunk_size,
+        "root": record.root,
+        "height": record.height,
+        "kind": record.kind,
+        "parent_id": record.parent_id,
+        "created_at": record.created_at.isoformat(),
+        "data_timestamp": record.data_timestamp.isoformat(),
+        "source_mtime_ns": record.source_mtime_ns,
+        "source_mode": record.source_mode,
+        "data_size": record.data_size,
+        "stored_bytes": record.stored_bytes,
+        "host": record.host,
+        "metadata": _metadata_text(record.metadata),
+        "description": asdict(record.description),
+    }
+    value["digest"] = ids.digest("record", codec.encode(value))
+    return codec.encode(value)
+
+
+def decode_record(data: Buffer, ids: IdScheme) -> Record:
+    """Read a record, wherever it comes from.
+
+    Raises:
+        InvalidRecord: damaged, too large, of an unknown version, or not possible.
+    """
+    try:
+        value = codec.decode(data, size_max=RECORD_SIZE_MAX)
+        fields = codec.Fields(value)
+        version = fields.integer("version")
+        if version != VERSION:
+            raise codec.UndecodableError(f"version {version} is unknown")
+        digest = fields.raw("digest", size=DIGEST_SIZE)
+        body = {key: item for key, item in value.items() if key != "digest"}
+        if ids.digest("record", codec.encode(body)) != digest:
+            raise codec.UndecodableError("its digest does not match: it is damaged")
+        record = _from_fields(fields)
+        if encode_record(record, ids) != bytes(data):
+            raise codec.UndecodableError("it has fields that do not belong there")
+    except (codec.UndecodableError, ValueError, TypeError, OverflowError) as error:
+        raise InvalidRecord(reason=str(error)) from error
+    return record
+
+
+def _from_fields(fields: codec.Fields) -> Record:
+    size = fields.integer("size", high=IMAGE_SIZE_MAX)
+    chunk_size = fields.integer("chunk_size", low=CHUNK_SIZE_MIN, high=CHUNK_SIZE_MAX)
+    height = fields.integer("height", low=1, high=16)
+    backup_id = fields.text("id", size_max=36)
+    kind = fields.text("kind", size_max=16)
+    volume = fields.text("volume", size_max=4096)
+    name = fields.text("name", size_max=64)
+    if not is_backup_id(backup_id):
+        raise codec.UndecodableError("its id is no UUID")
+    if chunk_size & (chunk_size - 1) or height != tree.height(size, chunk_size=chunk_size):
+        raise codec.UndecodableError("its tree does not fit its size")
+    if kind not in (KIND_FULL, KIND_INCREMENTAL) or not BACKUP_NAME.fullmatch(name):
+        raise codec.UndecodableError("its kind or name is unknown")
+    problem = check_volume_name(volume)
+    if problem:
+        raise codec.UndecodableError(f"its volume's name: {problem}")
+    metadata_text = fields.optional_text("metadata", size_max=METADATA_SIZE_MAX)
+    return Record(
+        backup_id=backup_id,
+        repository_id=fields.text("repository_id", size_max=36),
+        volume=volume,
+        name=name,
+        size=size,
+        chunk_size=chunk_size,
+        root=BlobId(fields.raw("root", size=BLOB_ID_SIZE)),
+        height=height,
+        kind=kind,
+        parent_id=fields.optional_text("parent_id", size_max=36),
+        created_at=_time(fields, "created_at"),
+        data_timestamp=_time(fields, "data_timestamp"),
+        source_mtime_ns=fields.optional_integer("source_mtime_ns", low=-(1 << 63)),
+        source_mode=fields.optional_integer("source_mode", low=0, high=0o7777),
+        data_size=fields.integer("data_size"),
+        stored_bytes=fields.integer("stored_bytes"),
+        host=fields.text("host", size_max=255),
+        metadata=None if metadata_text is None else _metadata(metadata_text),
+        description=_description(fields.mapping("description")),
+    )
+
+
+def _time(fields: codec.Fields, key: str) -> datetime:
+    moment = datetime.fromisoformat(fields.text(key, size_max=64))
+    if moment.utcoffset() is None:
+        raise codec.UndecodableError(f"field {key!r} has no time zone")
+    return moment.astimezone(UTC)
+
+
+def _metadata_text(metadata: dict[str, Any] | None) -> str | None:
+    return None if metadata is None else json.dumps(metadata, sort_keys=True)
+
+
+def _metadata(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise codec.UndecodableError("its metadata is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise codec.UndecodableError("its metadata is no object")
+    return value
+
+
+def _description(value: dict[str, Any]) -> Description:
+    fields = codec.Fields(value)
+    return Description(**{key: fields.optional_text(key, size_max=4096) for key in value})
