@@ -16,6 +16,7 @@ from typing import Any
 import zstandard
 
 from backupfs.format.ids import IdScheme
+from backupfs.format.tree import NODE_SIZE
 from backupfs.types import BLOB_ID_SIZE, BlobId, Buffer
 
 MAGIC = b"BFSb"
@@ -26,7 +27,7 @@ assert HEADER.size == 52
 METHOD_RAW = 0
 METHOD_ZSTD = 1
 
-# Compression that gains less than one part in this many is not kept: reading raw is faster.
+# Compression must gain more than one part in this many to be kept: reading raw is faster.
 GAIN_PARTS = 20
 
 LEVEL_MAX = 7  # 128 ** 7 chunks is far beyond the largest image
@@ -78,7 +79,11 @@ def unpack_header(data: Buffer) -> BlobHeader:
         raise BadBlobError("header checksum does not match")
     if reserved or level > LEVEL_MAX or method > METHOD_ZSTD:
         raise BadBlobError("header has unknown values")
-    if plain_size > PLAIN_SIZE_MAX or stored_size > plain_size:
+    if (
+        plain_size > PLAIN_SIZE_MAX
+        or stored_size > plain_size
+        or (level and plain_size != NODE_SIZE)
+    ):
         raise BadBlobError("header has impossible sizes")
     return BlobHeader(
         level=level,
@@ -101,7 +106,7 @@ class BlobEncoder:
 
         One call compresses all of them without giving up the interpreter lock in between.
         """
-        if level:
+        if level or not plains:
             payloads: list[Buffer] = list(plains)  # nodes are ids: random bytes, not worth a try
         else:
             payloads = self._compress(plains)
@@ -122,7 +127,7 @@ class BlobEncoder:
 
     def _assemble(self, plain: Buffer, payload: Buffer, blob_id: BlobId, level: int) -> bytes:
         method = METHOD_ZSTD
-        if len(payload) > len(plain) - len(plain) // GAIN_PARTS:
+        if len(payload) >= len(plain) - len(plain) // GAIN_PARTS:
             payload, method = plain, METHOD_RAW
         header = BlobHeader(
             level=level,
@@ -160,7 +165,9 @@ def decode(data: Buffer, *, expected: BlobId, level: int, ids: IdScheme) -> byte
 def _decompress(payload: memoryview, header: BlobHeader) -> bytes:
     decompressor = getattr(_decompressors, "decompressor", None)
     if decompressor is None:
-        decompressor = _decompressors.decompressor = zstandard.ZstdDecompressor()
+        decompressor = _decompressors.decompressor = zstandard.ZstdDecompressor(
+            max_window_size=PLAIN_SIZE_MAX
+        )
     try:
         # Checked first: the library allocates whatever size the frame claims.
         if zstandard.get_frame_parameters(payload).content_size != header.plain_size:

@@ -13,6 +13,9 @@ import msgpack
 
 from backupfs.types import Buffer
 
+# An empty container takes one byte here and eighty in memory.
+CONTAINER_COUNT_MAX = 1 << 16
+
 
 class UndecodableError(ValueError):
     """The bytes are not a canonical, bounded msgpack map."""
@@ -32,6 +35,7 @@ def decode(data: Buffer, *, size_max: int) -> dict[str, Any]:
     """
     if len(data) > size_max:
         raise UndecodableError(f"{len(data)} bytes, more than the {size_max} allowed")
+    _check_claims(memoryview(data))
     try:
         value = msgpack.unpackb(
             data,
@@ -54,6 +58,60 @@ def decode(data: Buffer, *, size_max: int) -> dict[str, Any]:
     if canonical != bytes(data):
         raise UndecodableError("not in canonical form")
     return value
+
+
+def _forms() -> list[tuple[int, int, int] | None]:
+    """What the first byte of an item says: (size of its length field, length, items per unit).
+
+    The length is the one given where there is no length field. It counts bytes where no items are
+    contained. None: a form that ``encode`` never makes.
+    """
+    forms: list[tuple[int, int, int] | None] = [(0, 0, 0)] * 256  # a number in the byte itself
+    for length in range(16):
+        forms[0x80 + length] = (0, length, 2)
+        forms[0x90 + length] = (0, length, 1)
+    for length in range(32):
+        forms[0xA0 + length] = (0, length, 0)
+    for power, length_size in enumerate((1, 2, 4)):
+        forms[0xC4 + power] = forms[0xD9 + power] = (length_size, 0, 0)
+    for power, size in enumerate((1, 2, 4, 8)):
+        forms[0xCC + power] = forms[0xD0 + power] = (0, size, 0)
+    forms[0xCB] = (0, 8, 0)
+    forms[0xDC], forms[0xDD] = (2, 0, 1), (4, 0, 1)
+    forms[0xDE], forms[0xDF] = (2, 0, 2), (4, 0, 2)
+    for unused in (0xC1, 0xC7, 0xC8, 0xC9, 0xCA, 0xD4, 0xD5, 0xD6, 0xD7, 0xD8):
+        forms[unused] = None
+    return forms
+
+
+_FORMS = _forms()
+
+
+def _check_claims(data: memoryview) -> None:
+    """Walk the items without building any, so that no length is believed before it is checked."""
+    position, pending, container_count = 0, 1, 0
+    while pending:
+        # Each item still due takes a byte at least.
+        if position + pending > len(data):
+            raise UndecodableError("cut off, or claims more than its bytes can hold")
+        form = _FORMS[data[position]]
+        if form is None:
+            raise UndecodableError("not in canonical form")
+        length_size, length, weight = form
+        position += 1
+        if length_size:
+            length = int.from_bytes(data[position : position + length_size], "big")
+            position += length_size
+        pending -= 1
+        if weight:
+            pending += length * weight
+            container_count += 1
+            if container_count > CONTAINER_COUNT_MAX:
+                raise UndecodableError("too many maps and lists")
+        else:
+            position += length
+    if position != len(data):
+        raise UndecodableError("cut off, or followed by other bytes")
 
 
 class Fields:

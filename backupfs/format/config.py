@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -90,13 +91,18 @@ def decode_config(data: Buffer, ids: IdScheme) -> RepositoryConfig:
         body = {key: item for key, item in value.items() if key != "digest"}
         if ids.digest("config", codec.encode(body)) != digest:
             raise codec.UndecodableError("digest does not match")
+        # Before all other fields: a feature unknown here may give them other bounds.
+        mandatory_features = _features(fields, "mandatory_features")
+        for feature in mandatory_features:
+            if feature not in KNOWN_FEATURES:
+                raise UnsupportedFormat(name="config", feature=f"feature {feature!r}")
         config = RepositoryConfig(
-            repository_id=fields.text("repository_id", size_max=36, empty=False),
+            repository_id=_repository_id(fields),
             chunk_size=fields.integer("chunk_size"),
             pack_size=fields.integer("pack_size"),
             compression_level=fields.integer("compression_level"),
-            created_at=datetime.fromisoformat(fields.text("created_at", size_max=64)),
-            mandatory_features=_features(fields, "mandatory_features"),
+            created_at=_time(fields, "created_at"),
+            mandatory_features=mandatory_features,
             optional_features=_features(fields, "optional_features"),
         )
         check_options(
@@ -106,10 +112,22 @@ def decode_config(data: Buffer, ids: IdScheme) -> RepositoryConfig:
         )
     except (codec.UndecodableError, InvalidOption, ValueError) as error:
         raise CorruptObject(name=CONFIG_NAME, reason=str(error)) from error
-    for feature in config.mandatory_features:
-        if feature not in KNOWN_FEATURES:
-            raise UnsupportedFormat(name="config", feature=f"feature {feature!r}")
     return config
+
+
+def _repository_id(fields: codec.Fields) -> str:
+    # Checked closely because folders of the host are named by it.
+    text = fields.text("repository_id", size_max=36)
+    if str(uuid.UUID(text)) != text:
+        raise codec.UndecodableError("repository id is no UUID in lower case")
+    return text
+
+
+def _time(fields: codec.Fields, key: str) -> datetime:
+    moment = datetime.fromisoformat(fields.text(key, size_max=64))
+    if moment.utcoffset() is None:
+        raise codec.UndecodableError(f"field {key!r} has no time zone")
+    return moment
 
 
 def _features(fields: codec.Fields, key: str) -> tuple[str, ...]:

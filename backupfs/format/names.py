@@ -13,7 +13,10 @@ LATEST_NAME = "latest.img"
 METADATA_NAME = "metadata.json"
 
 # The UTC time of the data, then -2, -3… for further backups of the same second.
-BACKUP_NAME = re.compile(r"\d{4}-\d\d-\d\dT\d{6}Z(?:-[1-9]\d{0,8})?\.img")
+BACKUP_NAME = re.compile(
+    r"\d{4}-\d\d-\d\dT\d{6}Z(?:-(?:[2-9]|[1-9]\d{1,8}))?\.img",
+    re.ASCII,
+)
 
 
 def check_volume_name(volume: str) -> str:
@@ -54,7 +57,9 @@ def volume_of(staged: str) -> str:
 
 def backup_name(data_timestamp: datetime, taken: Container[str]) -> str:
     """The file name of a backup of that moment which is not in ``taken``."""
-    stamp = data_timestamp.astimezone(UTC).strftime("%Y-%m-%dT%H%M%SZ")
+    # Not strftime: it writes years before 1000 with fewer digits.
+    moment = data_timestamp.astimezone(UTC).replace(tzinfo=None)
+    stamp = moment.isoformat(timespec="seconds").replace(":", "") + "Z"
     name, number = f"{stamp}.img", 1
     while name in taken:
         number += 1

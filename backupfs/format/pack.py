@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from backupfs.format.blob import HEADER, LEVEL_MAX
+from backupfs.format.blob import HEADER, LEVEL_MAX, PLAIN_SIZE_MAX
 from backupfs.format.ids import DIGEST_SIZE, IdScheme
 from backupfs.types import BlobId, Buffer, ObjectName, PackId
 
@@ -21,12 +21,13 @@ VERSION = 1
 TAIL = struct.Struct("<8sHHIQ")
 assert TAIL.size == 24
 TAIL_SIZE = TAIL.size + DIGEST_SIZE
-# blob id, offset in the pack, size with its header, level, reserved (zero)
-ENTRY = struct.Struct("<32sIIBxxx")
+# blob id, offset in the pack, size with its header, level
+ENTRY = struct.Struct("<32sIII")
 assert ENTRY.size == 44
 
 PACK_SIZE_MAX = 1 << 30  # an entry's offset has 32 bits
 ENTRY_COUNT_MAX = 1 << 22
+BLOB_SIZE_MAX = HEADER.size + PLAIN_SIZE_MAX
 PACKS_PREFIX = "packs/"
 
 
@@ -56,9 +57,11 @@ def pack_id_of(name: str) -> PackId | None:
     if len(parts) != 3 or parts[0] != "packs" or len(parts[2]) != 32 or parts[2][:2] != parts[1]:
         return None
     try:
-        return PackId(bytes.fromhex(parts[2]))
+        pack_id = PackId(bytes.fromhex(parts[2]))
     except ValueError:
         return None
+    # Upper case and spaces are hexadecimal too, but no name of ours.
+    return pack_id if pack_name(pack_id) == name else None
 
 
 def encode_footer(
@@ -66,6 +69,7 @@ def encode_footer(
 ) -> bytes:
     """Footer and tail, to be written right after the blobs."""
     listed = [ENTRY.pack(entry.blob_id, entry.offset, entry.size, entry.level) for entry in entries]
+    assert len(listed) <= ENTRY_COUNT_MAX
     footer = b"".join(listed)
     tail = TAIL.pack(MAGIC, VERSION, 0, len(listed), blobs_size)
     return footer + tail + ids.digest("pack", footer + tail + pack_id)
@@ -79,12 +83,12 @@ def footer_size(tail: Buffer) -> int:
     """
     if len(tail) != TAIL_SIZE:
         raise BadPackError("shorter than a pack's tail")
-    magic, version, reserved, entry_count, _blobs_size = TAIL.unpack_from(tail)
+    magic, version, reserved, entry_count, blobs_size = TAIL.unpack_from(tail)
     if magic != MAGIC:
         raise BadPackError("no pack ends here")
     if version != VERSION or reserved:
         raise BadPackError(f"pack version {version} is unknown")
-    if entry_count > ENTRY_COUNT_MAX:
+    if entry_count > ENTRY_COUNT_MAX or entry_count * HEADER.size > blobs_size:
         raise BadPackError("too many entries")
     return int(entry_count) * ENTRY.size + TAIL_SIZE
 
@@ -107,7 +111,9 @@ def decode_footer(
         raise BadPackError("pack has another size than its footer says")
     entries = []
     for blob_id, offset, size, level in ENTRY.iter_unpack(view[:-TAIL_SIZE]):
-        if size < HEADER.size or offset + size > blobs_size or level > LEVEL_MAX:
+        if not HEADER.size <= size <= BLOB_SIZE_MAX or offset + size > blobs_size:
+            raise BadPackError("footer lists an impossible blob")
+        if level > LEVEL_MAX:
             raise BadPackError("footer lists an impossible blob")
         entries.append(PackEntry(blob_id=BlobId(blob_id), offset=offset, size=size, level=level))
     return entries

@@ -24,6 +24,7 @@ from backupfs.types import BLOB_ID_SIZE, IMAGE_SIZE_MAX, BlobId, Buffer, ObjectN
 VERSION = 1
 RECORD_SIZE_MAX = 1 << 20
 METADATA_SIZE_MAX = 256 << 10
+DESCRIPTION_SIZE_MAX = 4096  # of each field of it
 RECORDS_PREFIX = "records/"
 KIND_FULL = "full"
 KIND_INCREMENTAL = "incremental"
@@ -43,6 +44,9 @@ class Description:
     container: str | None = None
     snapshot_id: str | None = None
     service: str | None = None
+
+
+_DESCRIPTION_KEYS = frozenset(Description.__dataclass_fields__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,8 +160,11 @@ def _from_fields(fields: codec.Fields) -> Record:
     kind = fields.text("kind", size_max=16)
     volume = fields.text("volume", size_max=4096)
     name = fields.text("name", size_max=64)
-    if not is_backup_id(backup_id):
-        raise codec.UndecodableError("its id is no UUID")
+    repository_id = fields.text("repository_id", size_max=36)
+    parent_id = fields.optional_text("parent_id", size_max=36)
+    for text in (backup_id, repository_id, parent_id):
+        if text is not None and not is_backup_id(text):
+            raise codec.UndecodableError("an id in it is no UUID")
     if chunk_size & (chunk_size - 1) or height != tree.height(size, chunk_size=chunk_size):
         raise codec.UndecodableError("its tree does not fit its size")
     if kind not in (KIND_FULL, KIND_INCREMENTAL) or not BACKUP_NAME.fullmatch(name):
@@ -168,7 +175,7 @@ def _from_fields(fields: codec.Fields) -> Record:
     metadata_text = fields.optional_text("metadata", size_max=METADATA_SIZE_MAX)
     return Record(
         backup_id=backup_id,
-        repository_id=fields.text("repository_id", size_max=36),
+        repository_id=repository_id,
         volume=volume,
         name=name,
         size=size,
@@ -176,7 +183,7 @@ def _from_fields(fields: codec.Fields) -> Record:
         root=BlobId(fields.raw("root", size=BLOB_ID_SIZE)),
         height=height,
         kind=kind,
-        parent_id=fields.optional_text("parent_id", size_max=36),
+        parent_id=parent_id,
         created_at=_time(fields, "created_at"),
         data_timestamp=_time(fields, "data_timestamp"),
         source_mtime_ns=fields.optional_integer("source_mtime_ns", low=-(1 << 63)),
@@ -212,4 +219,8 @@ def _metadata(text: str) -> dict[str, Any]:
 
 def _description(value: dict[str, Any]) -> Description:
     fields = codec.Fields(value)
-    return Description(**{key: fields.optional_text(key, size_max=4096) for key in value})
+    if set(value) != _DESCRIPTION_KEYS:
+        raise codec.UndecodableError("its description has other fields than it should")
+    return Description(
+        **{key: fields.optional_text(key, size_max=DESCRIPTION_SIZE_MAX) for key in value}
+    )

@@ -60,6 +60,7 @@ def node_entries(node: Buffer) -> list[BlobId]:
 
 def encode_node(entries: Sequence[BlobId]) -> bytes:
     """A node's bytes; missing entries at the end are holes."""
+    assert len(entries) <= FANOUT
     return b"".join(entries).ljust(NODE_SIZE, b"\0")
 
 
