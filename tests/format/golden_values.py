@@ -1,0 +1,142 @@
+"""The values behind the golden files, and the script that wrote them once.
+
+A golden file is what version 1 looks like on disk for ever: it is written once and never again, for
+a reader of today must read what a writer of the first day wrote. ``write_missing`` therefore only
+adds files; where a file of that name is there, it is refused.
+
+    python tests/format/golden_values.py NAME…
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from backupfs.format import blob, pack, tree
+from backupfs.format.config import RepositoryConfig, encode_config
+from backupfs.format.ids import IdScheme
+from backupfs.format.record import Description, Record, encode_record
+from backupfs.types import HOLE, BlobId, PackId
+
+GOLDEN = Path(__file__).parent / "golden" / "v1"
+IDS = IdScheme()
+
+CHUNK_SIZE = 16 << 10
+RAW_CHUNK = hashlib.shake_128(b"backupfs golden raw chunk").digest(CHUNK_SIZE)
+ZSTD_CHUNK = b"".join(b"line %05d of a file\n" % number for number in range(1000))[:CHUNK_SIZE]
+IMAGE_SIZE = 3 * CHUNK_SIZE - 1000  # raw chunk, hole, compressed chunk with its end cut off
+IMAGE = (RAW_CHUNK + bytes(CHUNK_SIZE) + ZSTD_CHUNK)[:IMAGE_SIZE]
+LAST_CHUNK = IMAGE[2 * CHUNK_SIZE :].ljust(CHUNK_SIZE, b"\0")
+
+NODE = tree.encode_node([IDS.chunk_id(RAW_CHUNK), HOLE, IDS.chunk_id(LAST_CHUNK)])
+NODE_ID = IDS.node_id(NODE, level=1)
+UPPER_NODE = tree.encode_node([HOLE] * 127 + [NODE_ID])
+UPPER_NODE_ID = IDS.node_id(UPPER_NODE, level=2)
+
+PACK_ID = PackId(bytes(range(16)))
+# (level, id, plain bytes) in the order in which they lie in the pack
+PACK_BLOBS: list[tuple[int, BlobId, bytes]] = [
+    (0, IDS.chunk_id(RAW_CHUNK), RAW_CHUNK),
+    (0, IDS.chunk_id(LAST_CHUNK), LAST_CHUNK),
+    (1, NODE_ID, NODE),
+    (2, UPPER_NODE_ID, UPPER_NODE),
+]
+
+REPOSITORY_ID = "6e0f3d4a-5b1c-4c7e-9a52-0d1f2e3c4b5a"
+
+CONFIG = RepositoryConfig(
+    repository_id=REPOSITORY_ID,
+    chunk_size=CHUNK_SIZE,
+    pack_size=64 << 20,
+    compression_level=1,
+    created_at=datetime(2026, 11, 22, 14, 0, 0, 123456, tzinfo=UTC),
+    optional_features=("some-optional-feature",),
+)
+
+FULL_RECORD = Record(
+    backup_id="0b0e4f2c-1111-4222-8333-444455556666",
+    repository_id=REPOSITORY_ID,
+    volume="hosts/wéb 01\n",
+    name="2026-11-22T142503Z.img",
+    size=IMAGE_SIZE,
+    chunk_size=CHUNK_SIZE,
+    root=NODE_ID,
+    height=1,
+    kind="full",
+    parent_id=None,
+    created_at=datetime(2026, 11, 22, 14, 25, 7, 500000, tzinfo=UTC),
+    data_timestamp=datetime(2026, 11, 22, 14, 25, 3, tzinfo=UTC),
+    source_mtime_ns=1795357503000000001,
+    source_mode=0o640,
+    data_size=2 * CHUNK_SIZE,
+    stored_bytes=20_000,
+    host="node-1.example",
+    metadata={"name": "wéb", "tags": ["a", 1, 2.5, None, True], "volume": {"size": 1}},
+    description=Description(
+        display_name="nightly",
+        display_description="two\nlines",
+        availability_zone="nova",
+        user_id="user",
+        project_id="project",
+        container="volumes",
+        snapshot_id="9f2c6c2e-0000-4000-8000-000000000000",
+        service="backupfs.cinder",
+    ),
+)
+
+INCREMENTAL_RECORD = Record(
+    backup_id="0b0e4f2c-1111-4222-8333-444455557777",
+    repository_id=REPOSITORY_ID,
+    volume="web01",
+    name="2026-11-22T142503Z-2.img",
+    size=1 << 40,
+    chunk_size=CHUNK_SIZE,
+    root=HOLE,
+    height=4,
+    kind="incremental",
+    parent_id="0b0e4f2c-1111-4222-8333-444455556666",
+    created_at=datetime(2026, 11, 22, 14, 25, 7, tzinfo=UTC),
+    data_timestamp=datetime(2026, 11, 22, 14, 25, 3, tzinfo=UTC),
+    source_mtime_ns=None,
+    source_mode=None,
+    data_size=0,
+    stored_bytes=0,
+    host="",
+)
+
+
+def golden_pack() -> bytes:
+    """The pack as this machine's zstd writes it: other versions of it may compress otherwise."""
+    encoder = blob.BlobEncoder(compression_level=1)
+    blobs, entries = b"", []
+    for level, blob_id, plain in PACK_BLOBS:
+        (encoded,) = encoder.encode_many([plain], [blob_id], level=level)
+        entry = pack.PackEntry(blob_id=blob_id, offset=len(blobs), size=len(encoded), level=level)
+        entries.append(entry)
+        blobs += encoded
+    return blobs + pack.encode_footer(PACK_ID, entries, blobs_size=len(blobs), ids=IDS)
+
+
+def golden_files() -> dict[str, bytes]:
+    """Content of each golden file, by name, as the code of today would write it."""
+    return {
+        "config": encode_config(CONFIG, IDS),
+        "node": NODE,
+        "pack": golden_pack(),
+        "record-full.msgpack": encode_record(FULL_RECORD, IDS),
+        "record-incremental.msgpack": encode_record(INCREMENTAL_RECORD, IDS),
+    }
+
+
+def write_missing(folder: Path, names: list[str]) -> None:
+    """Write the golden files ``names``. Raises: FileExistsError; then that file is as it was."""
+    files = golden_files()
+    for name in names:
+        with (folder / name).open("xb") as file:
+            file.write(files[name])
+
+
+if __name__ == "__main__":
+    write_missing(GOLDEN, sys.argv[1:])
