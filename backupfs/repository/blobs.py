@@ -1,0 +1,239 @@
+"""Reads blobs and proves them: locate, fetch, decompress, hash again, compare with the id.
+
+Nothing leaves here unproven. What was proven is kept in two small caches, of chunks and of nodes.
+Neighbours in a pack are fetched in one ranged read.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+from backupfs.errors import CorruptBlob, DamageError, MissingBlob, ObjectNotFound
+from backupfs.format import blob as blob_format
+from backupfs.format.ids import IdScheme
+from backupfs.format.pack import PackEntry, pack_name
+from backupfs.format.tree import HOLE_NODE
+from backupfs.repository.index import BlobLocation, Index
+from backupfs.repository.packer import Packer
+from backupfs.storage.base import Storage
+from backupfs.types import HOLE, BlobId, PackId
+
+log = logging.getLogger(__name__)
+
+CHUNK_CACHE_SIZE = 32 << 20
+NODE_CACHE_COUNT = 2048  # of 4 KiB
+RANGE_SIZE_MAX = 4 << 20  # bytes fetched in one read
+GAP_SIZE_MAX = 32 << 10  # bytes between two blobs that are read along rather than asked around
+
+
+class BlobReader:
+    """Proven plain bytes by blob id. Thread-safe."""
+
+    def __init__(
+        self,
+        *,
+        storage: Storage,
+        ids: IdScheme,
+        index: Index,
+        chunk_size: int,
+        refresh: Callable[[], None],
+    ) -> None:
+        self._storage = storage
+        self._ids = ids
+        self._index = index
+        self._packer: Packer | None = None
+        self._refresh = refresh
+        self.zeros = bytes(chunk_size)
+        self._chunks = _Cache(max(1, CHUNK_CACHE_SIZE // chunk_size))
+        self._nodes = _Cache(NODE_CACHE_COUNT)
+
+    def attach(self, packer: Packer) -> None:
+        """Also read what this process is writing."""
+        self._packer = packer
+
+    def node(self, blob_id: BlobId, level: int) -> bytes:
+        """A node's bytes. Raises: DamageError, StorageError."""
+        if blob_id == HOLE:
+            return HOLE_NODE
+        data = self._nodes.get(blob_id)
+        if data is None:
+            data = self._fetch([blob_id], level)[0]
+            self._nodes.put(blob_id, data)
+        return data
+
+    def cached_node(self, blob_id: BlobId) -> bytes | None:
+        """A node's bytes if they are in memory."""
+        return HOLE_NODE if blob_id == HOLE else self._nodes.get(blob_id)
+
+    def keep_node(self, blob_id: BlobId, data: bytes) -> None:
+        """Put a node just written into the cache."""
+        self._nodes.put(blob_id, data)
+
+    def chunks(self, blob_ids: Sequence[BlobId]) -> list[bytes]:
+        """The chunks of ``blob_ids``, in order; holes are zeros.
+
+        Raises:
+            DamageError: one of them cannot be proven; StorageError: or not be fetched.
+        """
+        found: list[bytes | None] = [self.cached_chunk(blob_id) for blob_id in blob_ids]
+        missing = list(
+            dict.fromkeys(
+                blob_id for blob_id, data in zip(blob_ids, found, strict=True) if data is None
+            )
+        )
+        if not missing:
+            return [data for data in found if data is not None]
+        fetched = dict(zip(missing, self._fetch(missing, 0), strict=True))
+        for blob_id, data in fetched.items():
+            self._chunks.put(blob_id, data)
+        return [
+            fetched[blob_id] if data is None else data
+            for blob_id, data in zip(blob_ids, found, strict=True)
+        ]
+
+    def cached_chunk(self, blob_id: BlobId) -> bytes | None:
+        """A chunk if it is in memory; never waits."""
+        return self.zeros if blob_id == HOLE else self._chunks.get(blob_id)
+
+    def locate(self, blob_id: BlobId) -> bool:
+        """Whether the blob is listed in a pack that exists; its bytes are not looked at."""
+        if blob_id == HOLE or self._index.find(blob_id) is not None:
+            return True
+        return self._packer is not None and self._packer.is_pending(blob_id)
+
+    def raw_at(self, pack_id: PackId, entry: PackEntry) -> bytes:
+        """Header and payload of the blob that ``entry`` lists, proven past all caches.
+
+        Raises: DamageError, StorageError.
+        """
+        location = BlobLocation(pack_id=pack_id, offset=entry.offset, size=entry.size)
+        try:
+            data = self._storage.get_range(pack_name(pack_id), entry.offset, entry.size)
+        except ObjectNotFound:
+            raise MissingBlob(blob_id=entry.blob_id.hex()) from None
+        self._prove(data, entry.blob_id, entry.level, location)
+        return data
+
+    def _fetch(self, blob_ids: list[BlobId], level: int) -> list[bytes]:
+        """Plain bytes of each blob, proven, in order."""
+        results: dict[BlobId, bytes] = {}
+        located: list[tuple[BlobLocation, BlobId]] = []
+        locations = self._index.find_many(blob_ids)
+        for blob_id, location in zip(blob_ids, locations, strict=True):
+            # Pending first: the index may still name an older, damaged copy.
+            data = self._packer.read_pending(blob_id) if self._packer else None
+            if data is not None:
+                results[blob_id] = self._prove(data, blob_id, level, None)
+            elif location is not None:
+                located.append((location, blob_id))
+            else:
+                results[blob_id] = self._fetch_again(blob_id, level, None)
+        for run in _runs(located):
+            self._fetch_run(run, level, results)
+        return [results[blob_id] for blob_id in blob_ids]
+
+    def _fetch_run(
+        self,
+        run: list[tuple[BlobLocation, BlobId]],
+        level: int,
+        results: dict[BlobId, bytes],
+    ) -> None:
+        first, last = run[0][0], run[-1][0]
+        size = last.offset + last.size - first.offset
+        try:
+            data = memoryview(self._storage.get_range(pack_name(first.pack_id), first.offset, size))
+        except ObjectNotFound:
+            data = memoryview(b"")
+        for location, blob_id in run:
+            start = location.offset - first.offset
+            piece = data[start : start + location.size]
+            try:
+                results[blob_id] = self._prove(piece, blob_id, level, location)
+            except CorruptBlob as damage:
+                results[blob_id] = self._fetch_again(blob_id, level, damage)
+
+    def _fetch_again(self, blob_id: BlobId, level: int, damage: CorruptBlob | None) -> bytes:
+        """Another process may have moved the blob, or it lies in a pack not taken in yet."""
+        before = self._index.find(blob_id)
+        self._refresh()
+        location = self._index.find(blob_id)
+        pending = self._packer.read_pending(blob_id) if self._packer else None
+        if pending is None and (location is None or (damage is not None and location == before)):
+            error: DamageError = damage or MissingBlob(blob_id=blob_id.hex())
+            self._index.mark_damaged([blob_id])
+            raise error
+        data = pending
+        if data is None:
+            assert location is not None
+            try:
+                name = pack_name(location.pack_id)
+                data = self._storage.get_range(name, location.offset, location.size)
+            except ObjectNotFound:
+                raise MissingBlob(blob_id=blob_id.hex()) from None
+        return self._prove(data, blob_id, level, location)
+
+    def _prove(
+        self,
+        data: bytes | memoryview,
+        blob_id: BlobId,
+        level: int,
+        location: BlobLocation | None,
+    ) -> bytes:
+        try:
+            return blob_format.decode(data, expected=blob_id, level=level, ids=self._ids)
+        except blob_format.BadBlobError as error:
+            raise CorruptBlob(
+                blob_id=blob_id.hex(),
+                pack_id=location.pack_id.hex() if location else "still open",
+                offset=location.offset if location else 0,
+                reason=str(error),
+            ) from error
+
+
+class _Cache:
+    """Bytes by blob id, the least recently used dropped first. Thread-safe."""
+
+    def __init__(self, count_max: int) -> None:
+        self._count_max = count_max
+        self._entries: OrderedDict[BlobId, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, blob_id: BlobId) -> bytes | None:
+        with self._lock:
+            data = self._entries.get(blob_id)
+            if data is not None:
+                self._entries.move_to_end(blob_id)
+            return data
+
+    def put(self, blob_id: BlobId, data: bytes) -> None:
+        with self._lock:
+            self._entries[blob_id] = data
+            self._entries.move_to_end(blob_id)
+            while len(self._entries) > self._count_max:
+                self._entries.popitem(last=False)
+
+
+def _runs(
+    located: list[tuple[BlobLocation, BlobId]],
+) -> list[list[tuple[BlobLocation, BlobId]]]:
+    """Groups of blobs that one ranged read of one pack brings in."""
+    located.sort(key=lambda item: (item[0].pack_id, item[0].offset))
+    runs: list[list[tuple[BlobLocation, BlobId]]] = []
+    for location, blob_id in located:
+        if runs and _joins(runs[-1], location):
+            runs[-1].append((location, blob_id))
+        else:
+            runs.append([(location, blob_id)])
+    return runs
+
+
+def _joins(run: list[tuple[BlobLocation, BlobId]], location: BlobLocation) -> bool:
+    first, last = run[0][0], run[-1][0]
+    return (
+        location.pack_id == last.pack_id
+        and location.offset - (last.offset + last.size) <= GAP_SIZE_MAX
+        and location.offset + location.size - first.offset <= RANGE_SIZE_MAX
+    )

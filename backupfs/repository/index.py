@@ -1,0 +1,282 @@
+"""The index: where each blob lies. A cache on this host, rebuilt from the packs at any time.
+
+LMDB, shared by all processes of the host. The only module that imports the library. Keys are the
+first 16 bytes of a blob's id (the whole id stands in the blob's header and is checked there);
+values name a pack by a number that is never used twice. Entries of a pack that is gone stay behind
+and count as absent, as their number is no longer known.
+
+Nothing here is synced to the disk: after a crash of the host the index is thrown away and rebuilt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import struct
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from backupfs.errors import StorageUnavailable
+from backupfs.format.pack import PackEntry
+from backupfs.types import BlobId, PackId
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+KEY_SIZE = 16
+LOCATION = struct.Struct("<III")  # pack number, offset, size
+NUMBER = struct.Struct(">I")  # big-endian, so that numbers sort
+# Address space, not memory or disk: the file grows as entries come.
+MAP_SIZES = (1 << 40, 1 << 36, 1 << 32)
+READERS_MAX = 1024
+
+BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlobLocation:
+    """Where a blob lies. Holds: offset + size <= size of the pack without its footer."""
+
+    pack_id: PackId
+    offset: int  # bytes from the start of the pack
+    size: int  # bytes as stored, with the blob's header
+
+
+class Index:
+    """The index of one repository. Thread-safe; ``close`` once per ``open``."""
+
+    def __init__(self, folder: Path, environment: Any) -> None:
+        self._folder = folder
+        self._environment = environment
+        self._blobs = environment.open_db(b"blobs")
+        self._packs = environment.open_db(b"packs")  # number -> pack id
+        self._numbers = environment.open_db(b"numbers")  # pack id -> number
+        self._damaged = environment.open_db(b"damaged")  # whole blob id -> b""
+        self._meta = environment.open_db(b"meta")
+        self._lock = threading.Lock()
+        self._generation = -1
+        self._pack_ids: dict[int, PackId] = {}
+
+    @classmethod
+    def open(cls, folder: Path) -> Index:
+        """Open or make the index in ``folder``, a folder of this host.
+
+        Raises:
+            StorageUnavailable: the folder cannot be used.
+        """
+        return _open_shared(folder)
+
+    def close(self) -> None:
+        """Give the index up; the last holder in this process closes it."""
+        _close_shared(self)
+
+    def find_many(self, blob_ids: Sequence[BlobId]) -> list[BlobLocation | None]:
+        """Where each blob lies, or None; in order."""
+        with self._environment.begin() as transaction:
+            pack_ids = self._known_packs(transaction)
+            found = [transaction.get(blob_id[:KEY_SIZE], db=self._blobs) for blob_id in blob_ids]
+        locations: list[BlobLocation | None] = []
+        for value in found:
+            location = None
+            if value is not None:
+                number, offset, size = LOCATION.unpack(value)
+                pack_id = pack_ids.get(number)
+                if pack_id is not None:
+                    location = BlobLocation(pack_id=pack_id, offset=offset, size=size)
+            locations.append(location)
+        return locations
+
+    def find(self, blob_id: BlobId) -> BlobLocation | None:
+        """Where a blob lies, or None."""
+        return self.find_many([blob_id])[0]
+
+    def add_pack(self, pack_id: PackId, entries: Iterable[PackEntry]) -> None:
+        """Take in a durable pack; of a blob known elsewhere the new place counts from now on."""
+        ordered = sorted(entries, key=lambda entry: entry.blob_id)
+        with self._environment.begin(write=True) as transaction:
+            if transaction.get(pack_id, db=self._numbers) is not None:
+                return
+            number = self._next_number(transaction)
+            transaction.put(NUMBER.pack(number), pack_id, db=self._packs)
+            transaction.put(pack_id, NUMBER.pack(number), db=self._numbers)
+            transaction.cursor(db=self._blobs).putmulti(
+                [
+                    (entry.blob_id[:KEY_SIZE], LOCATION.pack(number, entry.offset, entry.size))
+                    for entry in ordered
+                ]
+            )
+            if transaction.stat(self._damaged)["entries"]:
+                for entry in ordered:
+                    transaction.delete(entry.blob_id, db=self._damaged)
+            self._bump_generation(transaction)
+
+    def forget_packs(self, pack_ids: Iterable[PackId]) -> None:
+        """Take packs out that are gone; what lay in them counts as absent."""
+        with self._environment.begin(write=True) as transaction:
+            for pack_id in pack_ids:
+                number = transaction.pop(pack_id, db=self._numbers)
+                if number is not None:
+                    transaction.delete(number, db=self._packs)
+            self._bump_generation(transaction)
+
+    def pack_ids(self) -> set[PackId]:
+        """The packs taken in and not forgotten."""
+        with self._environment.begin() as transaction:
+            return set(self._known_packs(transaction).values())
+
+    def mark_damaged(self, blob_ids: Iterable[BlobId]) -> None:
+        """Remember that these blobs cannot be read, so that the next writer stores them again."""
+        with self._environment.begin(write=True) as transaction:
+            for blob_id in blob_ids:
+                transaction.put(blob_id, b"", db=self._damaged)
+            self._bump_generation(transaction)
+
+    def damaged(self) -> frozenset[BlobId]:
+        """The blobs marked as damaged and not stored again since; empty but for bad luck."""
+        with self._environment.begin() as transaction:
+            if not transaction.stat(self._damaged)["entries"]:
+                return frozenset()
+            with transaction.cursor(db=self._damaged) as cursor:
+                return frozenset(BlobId(bytes(key)) for key in cursor.iternext(values=False))
+
+    def entry_count(self) -> int:
+        """Blobs listed, those of packs that are gone among them."""
+        with self._environment.begin() as transaction:
+            return int(transaction.stat(self._blobs)["entries"])
+
+    def clear(self) -> None:
+        """Forget everything; the packs are the truth."""
+        with self._environment.begin(write=True) as transaction:
+            for database in (self._blobs, self._packs, self._numbers, self._damaged):
+                transaction.drop(database, delete=False)
+            self._bump_generation(transaction)
+
+    def _known_packs(self, transaction: Any) -> dict[int, PackId]:
+        """Number -> pack id as of ``transaction``; read again only when it has changed."""
+        generation = int(transaction.get(b"generation", b"0", db=self._meta))
+        with self._lock:
+            if generation != self._generation:
+                with transaction.cursor(db=self._packs) as cursor:
+                    self._pack_ids = {
+                        NUMBER.unpack(number)[0]: PackId(bytes(pack_id))
+                        for number, pack_id in cursor
+                    }
+                self._generation = generation
+            return self._pack_ids
+
+    def _next_number(self, transaction: Any) -> int:
+        number = int(transaction.get(b"next_number", b"1", db=self._meta))
+        transaction.put(b"next_number", str(number + 1).encode(), db=self._meta)
+        return number
+
+    def _bump_generation(self, transaction: Any) -> None:
+        generation = int(transaction.get(b"generation", b"0", db=self._meta)) + 1
+        transaction.put(b"generation", str(generation).encode(), db=self._meta)
+
+
+# One environment per folder and process: the library forbids a second.
+_shared: dict[Path, tuple[Index, int]] = {}
+_shared_lock = threading.Lock()
+
+
+def _open_shared(folder: Path) -> Index:
+    with _shared_lock:
+        index, holders = _shared.get(folder, (None, 0))
+        if index is None:
+            index = Index(folder, _open_environment(folder))
+        _shared[folder] = (index, holders + 1)
+        return index
+
+
+def _close_shared(index: Index) -> None:
+    with _shared_lock:
+        _, holders = _shared[index._folder]
+        if holders > 1:
+            _shared[index._folder] = (index, holders - 1)
+            return
+        del _shared[index._folder]
+        # Only a lasting file may be believed after the next boot: see _survived_boot.
+        with contextlib.suppress(lmdb.Error, OSError):
+            index._environment.sync(True)
+            _clean_mark(index._folder).write_text(str(index._environment.info()["last_txnid"]))
+        index._environment.close()
+
+
+def _open_environment(folder: Path) -> Any:
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not _survived_boot(folder):
+            _discard(folder)
+        try:
+            environment = _environment(folder)
+        except lmdb.Error:
+            log.warning("the index in %s cannot be read and is made anew", folder)
+            _discard(folder)
+            environment = _environment(folder)
+        (folder / f"boot-{VERSION}").write_text(_boot_id())
+    except (OSError, lmdb.Error) as error:
+        raise StorageUnavailable(reason=f"index in {str(folder)!r}: {error}") from error
+    return environment
+
+
+def _environment(folder: Path) -> Any:
+    for map_size in _map_sizes():
+        try:
+            return lmdb.open(
+                str(folder / f"index-{VERSION}"),
+                map_size=map_size,
+                max_dbs=8,
+                max_readers=READERS_MAX,
+                subdir=False,
+                sync=False,
+                metasync=False,
+                readahead=False,
+            )
+        except (lmdb.MemoryError, MemoryError):
+            log.info("no address space for an index of %d bytes", map_size)
+    raise StorageUnavailable(reason="no address space for the index")
+
+
+def _map_sizes() -> Iterator[int]:
+    yield from MAP_SIZES
+
+
+def _survived_boot(folder: Path) -> bool:
+    """Whether the index can be believed: same boot of the host, or closed and synced before it."""
+    boot_file = folder / f"boot-{VERSION}"
+    try:
+        if boot_file.read_text() == _boot_id():
+            return True
+        environment = _environment(folder)
+        try:
+            return str(environment.info()["last_txnid"]) == _clean_mark(folder).read_text()
+        finally:
+            environment.close()
+    except (OSError, lmdb.Error):
+        return False
+
+
+def _discard(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _clean_mark(folder: Path) -> Path:
+    return folder / f"clean-{VERSION}"
+
+
+def _boot_id() -> str:
+    try:
+        return BOOT_ID_FILE.read_text().strip()
+    except OSError:
+        return f"unknown-{os.getpid()}"  # never equal to another: rebuilt at each open

@@ -1,0 +1,91 @@
+"""Brings the index in line with the packs that exist: the packs are the truth.
+
+Packs it does not know are taken in from their footers, packs that are gone are forgotten. A pack
+whose footer cannot be read is reported and left out; its blobs count as absent until repaired.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from backupfs.errors import CorruptObject, ObjectNotFound
+from backupfs.format.ids import IdScheme
+from backupfs.format.pack import (
+    PACKS_PREFIX,
+    TAIL_SIZE,
+    BadPackError,
+    PackEntry,
+    decode_footer,
+    footer_size,
+    pack_id_of,
+    pack_name,
+)
+from backupfs.repository.index import Index
+from backupfs.storage.base import Storage
+from backupfs.types import PackId
+
+log = logging.getLogger(__name__)
+
+# One read brings footers of up to 1,400 blobs whole; larger ones need a second.
+FOOTER_GUESS_SIZE = 64 << 10
+
+
+def list_packs(storage: Storage) -> dict[PackId, int]:
+    """The packs that exist, with their sizes in bytes. Raises: StorageError."""
+    packs = {}
+    for info in storage.list(PACKS_PREFIX):
+        pack_id = pack_id_of(info.name)
+        if pack_id is not None:
+            packs[pack_id] = info.size
+    return packs
+
+
+def read_footer(
+    storage: Storage, ids: IdScheme, pack_id: PackId, pack_size: int
+) -> list[PackEntry]:
+    """What a pack holds. Raises: CorruptObject, ObjectNotFound, StorageError."""
+    name = pack_name(pack_id)
+    try:
+        start = max(0, pack_size - FOOTER_GUESS_SIZE)
+        end = storage.get_range(name, start, pack_size - start)
+        size = footer_size(end[-TAIL_SIZE:])
+        if size > pack_size:
+            raise BadPackError("footer is larger than its pack")
+        if size > len(end):
+            end = storage.get_range(name, pack_size - size, size)
+        return decode_footer(pack_id, end[-size:], pack_size=pack_size, ids=ids)
+    except BadPackError as error:
+        raise CorruptObject(name=name, reason=str(error)) from error
+
+
+def refresh_index(
+    storage: Storage, ids: IdScheme, index: Index, packs: dict[PackId, int] | None = None
+) -> list[CorruptObject]:
+    """Make the index list just the packs that exist; what is wrong with those it could not take.
+
+    Raises: StorageError.
+    """
+    existing = list_packs(storage) if packs is None else packs
+    known = index.pack_ids()
+    gone = known - existing.keys()
+    if gone:
+        index.forget_packs(gone)
+    return list(_take_in(storage, ids, index, sorted(existing.keys() - known), existing))
+
+
+def _take_in(
+    storage: Storage,
+    ids: IdScheme,
+    index: Index,
+    pack_ids: Iterable[PackId],
+    sizes: dict[PackId, int],
+) -> Iterable[CorruptObject]:
+    for pack_id in pack_ids:
+        try:
+            index.add_pack(pack_id, read_footer(storage, ids, pack_id, sizes[pack_id]))
+        except ObjectNotFound:
+            continue  # deleted since it was listed
+        except CorruptObject as error:
+            log.warning("%s", error)
+            yield error

@@ -1,0 +1,75 @@
+"""Records as objects: put one (the commit of a backup), read one, list all, delete one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from backupfs.errors import CorruptObject, InvalidRecord, ObjectNotFound
+from backupfs.format.ids import IdScheme
+from backupfs.format.record import (
+    RECORD_SIZE_MAX,
+    RECORDS_PREFIX,
+    Record,
+    decode_record,
+    encode_record,
+    is_backup_id,
+    record_name,
+)
+from backupfs.storage.base import Storage
+
+
+class RecordStore:
+    """The records of one repository."""
+
+    def __init__(self, storage: Storage, ids: IdScheme) -> None:
+        self._storage = storage
+        self._id_scheme = ids
+
+    def put(self, record: Record) -> None:
+        """Publish a backup: when this returns it exists and survives a power cut.
+
+        What ``record.root`` reaches must be durable already. Raises: StorageError, ObjectExists.
+        """
+        data = encode_record(record, self._id_scheme)
+        assert decode_record(data, self._id_scheme) == record, (
+            "a record that would not be read again"
+        )
+        self._storage.put_new(record.object_name, data)
+
+    def get(self, backup_id: str) -> Record:
+        """Raises: ObjectNotFound, CorruptObject, StorageError."""
+        name = record_name(backup_id)
+        data = self._storage.get(name, size_max=RECORD_SIZE_MAX)
+        try:
+            record = decode_record(data, self._id_scheme)
+        except InvalidRecord as error:
+            raise CorruptObject(name=name, reason=error.reason) from error
+        if record.backup_id != backup_id:
+            raise CorruptObject(name=name, reason="it is the record of another backup")
+        return record
+
+    def ids(self) -> set[str]:
+        """Ids of the backups whose records exist."""
+        return set(self._listed())
+
+    def delete(self, backup_id: str) -> None:
+        """Delete a backup; durable on return. Absent already: no error."""
+        self._storage.delete(record_name(backup_id))
+
+    def get_all(self) -> tuple[dict[str, Record], list[CorruptObject]]:
+        """Every readable record by id, and what is wrong with the others."""
+        records, damage = {}, []
+        for backup_id in self._listed():
+            try:
+                records[backup_id] = self.get(backup_id)
+            except ObjectNotFound:
+                continue  # deleted since it was listed
+            except CorruptObject as error:
+                damage.append(error)
+        return records, damage
+
+    def _listed(self) -> Iterator[str]:
+        for info in self._storage.list(RECORDS_PREFIX):
+            stem = info.name.removeprefix(RECORDS_PREFIX).removesuffix(".msgpack")
+            if is_backup_id(stem):
+                yield stem

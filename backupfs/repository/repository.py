@@ -1,0 +1,218 @@
+"""One repository, opened: owns its parts and knows in which order they start and end.
+
+Reading needs only the parts made at once; the parts that write (session, packer, workers) start
+with the first caller of ``writer``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+
+from backupfs.ambient import Ambient
+from backupfs.errors import (
+    CorruptObject,
+    ObjectNotFound,
+    RepositoryExists,
+    RepositoryNotFound,
+    StorageUnavailable,
+)
+from backupfs.format.config import (
+    CONFIG_NAME,
+    CONFIG_SIZE_MAX,
+    RepositoryConfig,
+    check_options,
+    decode_config,
+    encode_config,
+)
+from backupfs.format.ids import IdScheme
+from backupfs.repository.blobs import BlobReader
+from backupfs.repository.chunks import Avoided, ChunkStore
+from backupfs.repository.index import Index
+from backupfs.repository.metadata import MetadataStore
+from backupfs.repository.packer import Packer
+from backupfs.repository.rebuild import refresh_index
+from backupfs.repository.records import RecordStore
+from backupfs.repository.sessions import Session
+from backupfs.repository.workers import Credit, Workers
+from backupfs.storage.local import LocalStorage, sync_folder
+from backupfs.storage.locate import local_folder, open_storage
+from backupfs.storage.oserrors import translated
+
+WORKERS_MAX = 4
+# Accepted from writers and not stored yet; more only keeps memory busy.
+CREDIT_SIZE = 24 << 20
+# A reader that meets a blob it cannot find asks for a refresh; a flood of them asks in vain.
+REFRESH_SECONDS = 1.0
+# Kept so that gc can write its plan on a disk that is full.
+RESERVE_NAME = "reserve"
+RESERVE_SIZE = 1 << 20
+
+
+def init_repository(
+    location: str,
+    *,
+    chunk_size: int,
+    pack_size: int,
+    compression_level: int,
+    ambient: Ambient,
+) -> RepositoryConfig:
+    """Make a repository in a folder that is absent or empty; durable on return.
+
+    Raises:
+        InvalidOption, RepositoryExists, StorageError: nothing was made.
+    """
+    check_options(chunk_size=chunk_size, pack_size=pack_size, compression_level=compression_level)
+    folder = local_folder(location)
+    with translated():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RepositoryExists(location=location)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("packs", "records", "metadata", "sessions", "plans", "drafts", "spool"):
+            (folder / name).mkdir()
+        with (folder / "spool" / RESERVE_NAME).open("wb") as file:
+            file.write(ambient.random_bytes(RESERVE_SIZE))
+        sync_folder(folder)
+        sync_folder(folder.parent)
+    config = RepositoryConfig(
+        repository_id=ambient.new_uuid(),
+        chunk_size=chunk_size,
+        pack_size=pack_size,
+        compression_level=compression_level,
+        created_at=ambient.now().replace(microsecond=0),
+    )
+    # Last: a folder without it is no repository.
+    open_storage(location, ambient).put_new(CONFIG_NAME, encode_config(config, IdScheme()))
+    return config
+
+
+class Writer:
+    """The parts of an opened repository that write. One per process and repository."""
+
+    def __init__(self, repository: Repository) -> None:
+        config, ambient = repository.config, repository.ambient
+        self.session = Session(
+            folder=repository.folder,
+            storage=repository.storage,
+            ambient=ambient,
+            avoided=repository.avoided,
+            refresh=repository.refresh_index,
+        )
+        self._spool = repository.folder / "spool" / self.session.session_id
+        with translated():
+            self._spool.mkdir(parents=True)
+        self.packer = Packer(
+            storage=repository.storage,
+            ids=repository.ids,
+            index=repository.index,
+            pack_size=config.pack_size,
+            spool=self._spool,
+            ambient=ambient,
+        )
+        self.store = ChunkStore(
+            ids=repository.ids,
+            index=repository.index,
+            packer=self.packer,
+            chunk_size=config.chunk_size,
+            compression_level=config.compression_level,
+            avoided=repository.avoided,
+        )
+        self.workers = Workers(min(os.cpu_count() or 1, WORKERS_MAX))
+        self.credit = Credit(CREDIT_SIZE)
+        repository.reader.attach(self.packer)
+
+    def close(self) -> None:
+        """Make what was stored durable, then leave the session."""
+        self.workers.close()
+        self.packer.close()
+        self.session.close()
+        with contextlib.suppress(OSError):
+            self._spool.rmdir()
+
+
+class Repository:
+    """An opened repository: its parts, for those who know what to do with them."""
+
+    def __init__(self, storage: LocalStorage, ambient: Ambient) -> None:
+        self.storage = storage
+        self.folder = storage.folder
+        self.location = storage.location
+        self.ambient = ambient
+        self.ids = IdScheme()
+        self.config = _read_config(storage, self.ids)
+        self.index = Index.open(cache_folder(self.config.repository_id))
+        self.avoided = Avoided()
+        self.records = RecordStore(storage, self.ids)
+        self.metadata = MetadataStore(storage, self.ids)
+        self.reader = BlobReader(
+            storage=storage,
+            ids=self.ids,
+            index=self.index,
+            chunk_size=self.config.chunk_size,
+            refresh=self._refresh_if_due,
+        )
+        self._writer: Writer | None = None
+        self._writer_lock = threading.Lock()
+        self._refreshed_at = float("-inf")
+        self._refresh_lock = threading.Lock()
+        try:
+            self.refresh_index()
+        except BaseException:
+            self.index.close()
+            raise
+
+    @classmethod
+    def open(cls, location: str, ambient: Ambient) -> Repository:
+        """Raises: RepositoryNotFound, CorruptObject, UnsupportedFormat, StorageError."""
+        return cls(open_storage(location, ambient), ambient)
+
+    def close(self) -> None:
+        """End all parts; what was stored is durable when this returns."""
+        with self._writer_lock:
+            writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+        self.index.close()
+        self.storage.close()
+
+    def writer(self) -> Writer:
+        """The writing parts, started if need be. Raises: StorageError."""
+        with self._writer_lock:
+            if self._writer is None:
+                self._writer = Writer(self)
+            return self._writer
+
+    def refresh_index(self) -> list[CorruptObject]:
+        """Bring the index in line with the packs that exist; see ``rebuild``."""
+        with self._refresh_lock:
+            damage = refresh_index(self.storage, self.ids, self.index)
+            self.avoided.blobs = self.index.damaged()
+            self._refreshed_at = self.ambient.monotonic()
+            return damage
+
+    def _refresh_if_due(self) -> None:
+        if self.ambient.monotonic() - self._refreshed_at > REFRESH_SECONDS:
+            self.refresh_index()
+
+
+def cache_folder(repository_id: str) -> Path:
+    """Where this host keeps its index of a repository; never inside the repository."""
+    cache_home = os.environ.get("XDG_CACHE_HOME")
+    if cache_home and Path(cache_home).is_absolute():
+        return Path(cache_home) / "backupfs" / repository_id
+    if os.geteuid() == 0:
+        return Path("/var/cache/backupfs") / repository_id
+    return Path.home() / ".cache" / "backupfs" / repository_id
+
+
+def _read_config(storage: LocalStorage, ids: IdScheme) -> RepositoryConfig:
+    try:
+        return decode_config(storage.get(CONFIG_NAME, size_max=CONFIG_SIZE_MAX), ids)
+    except ObjectNotFound as error:
+        raise RepositoryNotFound(location=storage.location) from error
+    except StorageUnavailable as error:
+        if not storage.folder.is_dir():
+            raise RepositoryNotFound(location=storage.location) from error
+        raise

@@ -1,0 +1,269 @@
+"""Sessions and plans: how writers and gc agree, without a lock on the repository.
+
+A writer announces itself by a lock file in ``sessions/`` before its first look-up. gc writes a plan
+that condemns packs and waits until every living session has acknowledged it. A session
+acknowledges after it has (1) stopped relying on condemned packs and (2) made durable what it
+built before; the acknowledgement names the roots it holds, which gc marks too. The table of
+operations against operations is in docs/concurrency.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from backupfs.ambient import Ambient
+from backupfs.errors import CorruptObject, ObjectNotFound, StorageError
+from backupfs.format import codec
+from backupfs.repository.chunks import Avoided
+from backupfs.repository.images import Root
+from backupfs.storage.base import Storage
+from backupfs.storage.locks import FileLock, is_held, try_lock
+from backupfs.types import BLOB_ID_SIZE, PACK_ID_SIZE, BlobId, ObjectName, PackId
+
+log = logging.getLogger(__name__)
+
+SESSIONS = "sessions"
+PLANS_PREFIX = "plans/"
+ACKS_PREFIX = "sessions/acks/"
+PLAN_SIZE_MAX = 64 << 20
+ACK_SIZE_MAX = 16 << 20
+POLL_SECONDS = 0.1
+# A folder changed more recently than this may change again without a new time stamp.
+SETTLED_NS = 2_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Packs that a gc means to delete."""
+
+    plan_id: str
+    condemned: frozenset[PackId]
+
+
+def encode_plan(plan: Plan) -> bytes:
+    return codec.encode(
+        {"version": 1, "id": plan.plan_id, "condemned": b"".join(sorted(plan.condemned))}
+    )
+
+
+def decode_plan(data: bytes, name: str) -> Plan:
+    """Raises: CorruptObject."""
+    try:
+        value = codec.decode(data, size_max=PLAN_SIZE_MAX)
+        fields = codec.Fields(value)
+        if fields.integer("version") != 1:
+            raise codec.UndecodableError("its version is unknown")
+        packed = value.get("condemned")
+        if not isinstance(packed, bytes) or len(packed) % PACK_ID_SIZE:
+            raise codec.UndecodableError("field 'condemned' is no list of packs")
+        condemned = (
+            PackId(packed[start : start + PACK_ID_SIZE])
+            for start in range(0, len(packed), PACK_ID_SIZE)
+        )
+        return Plan(fields.text("id", size_max=64), frozenset(condemned))
+    except codec.UndecodableError as error:
+        raise CorruptObject(name=name, reason=str(error)) from error
+
+
+def plan_name(plan_id: str) -> ObjectName:
+    return ObjectName(f"{PLANS_PREFIX}{plan_id}.msgpack")
+
+
+def ack_name(session_id: str, plan_id: str) -> ObjectName:
+    return ObjectName(f"{ACKS_PREFIX}{session_id}-{plan_id}.msgpack")
+
+
+def read_plans(storage: Storage) -> list[Plan]:
+    """The plans that are under way or were left by a gc that died. Raises: StorageError."""
+    plans = []
+    for info in storage.list(PLANS_PREFIX):
+        with contextlib.suppress(ObjectNotFound):
+            plans.append(decode_plan(storage.get(info.name, size_max=PLAN_SIZE_MAX), info.name))
+    return plans
+
+
+class Session:
+    """This process's presence as a writer; a thread of its own watches for plans."""
+
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        storage: Storage,
+        ambient: Ambient,
+        avoided: Avoided,
+        refresh: Callable[[], object],
+    ) -> None:
+        self.session_id = ambient.random_bytes(16).hex()
+        self._storage = storage
+        self._ambient = ambient
+        self._avoided = avoided
+        self._refresh = refresh
+        self._held: Counter[Root] = Counter()
+        self._checkpoints: list[Callable[[], Root | None]] = []
+        self._lock = threading.Lock()
+        self._acknowledged: frozenset[str] = frozenset()
+        lock = try_lock(folder / SESSIONS / self.session_id)
+        assert lock is not None, "a random name is nobody else's"
+        self._file: FileLock = lock
+        self._file.describe(f"process {ambient.process_id()} on {ambient.host_name()}")
+        self._plans_folder = folder / PLANS_PREFIX
+        self._plans_seen: int | None = None
+        # After the lock, before any look-up: a gc either sees us or we see its plan.
+        self._follow_plans()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="session", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Leave: from now on gc does not wait for this process."""
+        self._stop.set()
+        self._thread.join()
+        for plan_id in self._acknowledged:
+            with contextlib.suppress(StorageError):
+                self._storage.delete(ack_name(self.session_id, plan_id))
+        self._file.release(remove=True)
+
+    @contextlib.contextmanager
+    def holding(self, root: Root) -> Iterator[None]:
+        """Keep what ``root`` reaches from gc, for as long as this process lives and the block runs."""
+        self.hold(root)
+        try:
+            yield
+        finally:
+            self.let_go(root)
+
+    def hold(self, root: Root) -> None:
+        """Keep what ``root`` reaches from gc until ``let_go``."""
+        with self._lock:
+            self._held[root] += 1
+
+    def let_go(self, root: Root) -> None:
+        with self._lock:
+            self._held[root] -= 1
+            if not self._held[root]:
+                del self._held[root]
+
+    def add_checkpoint(self, checkpoint: Callable[[], Root | None]) -> None:
+        """Have ``checkpoint`` called before a plan is acknowledged: it makes durable what its
+        owner has built, and returns the root that then must not be collected."""
+        with self._lock:
+            self._checkpoints.append(checkpoint)
+
+    def remove_checkpoint(self, checkpoint: Callable[[], Root | None]) -> None:
+        with self._lock:
+            self._checkpoints.remove(checkpoint)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(POLL_SECONDS):
+            try:
+                self._follow_plans()
+            except Exception:  # gc waits for us meanwhile, and nothing is lost
+                log.exception("gc's plans could not be followed; trying again")
+
+    def _follow_plans(self) -> None:
+        try:
+            changed = self._plans_folder.stat().st_mtime_ns
+        except FileNotFoundError:
+            changed = 0
+        if changed == self._plans_seen:
+            return
+        plans = read_plans(self._storage)
+        condemned = frozenset(pack_id for plan in plans for pack_id in plan.condemned)
+        # Grown first, shrunk last: packs of a plan that ended may be gone, and the index must know.
+        self._avoided.packs |= condemned
+        present = frozenset(plan.plan_id for plan in plans)
+        if self._acknowledged - present:
+            self._refresh()
+        for plan_id in sorted(present - self._acknowledged):
+            self._acknowledge(plan_id)
+        self._avoided.packs = condemned
+        self._acknowledged = present
+        age_ns = int(self._ambient.now().timestamp() * 1e9) - changed
+        self._plans_seen = changed if age_ns > SETTLED_NS else None
+
+    def _acknowledge(self, plan_id: str) -> None:
+        with self._lock:
+            checkpoints = list(self._checkpoints)
+        roots = {root for checkpoint in checkpoints if (root := checkpoint()) is not None}
+        with self._lock:
+            roots.update(self._held)
+        self._storage.put_new(ack_name(self.session_id, plan_id), encode_ack(roots))
+
+
+def encode_ack(roots: set[Root]) -> bytes:
+    ordered = sorted(roots, key=lambda root: (root.root, root.height))
+    return codec.encode(
+        {"version": 1, "roots": [[bytes(root.root), root.height] for root in ordered]}
+    )
+
+
+def decode_ack(data: bytes, name: str) -> set[Root]:
+    """Raises: CorruptObject."""
+    try:
+        fields = codec.Fields(codec.decode(data, size_max=ACK_SIZE_MAX))
+        roots = set()
+        for item in fields.sequence("roots", length_max=1 << 18):
+            blob_id, height = item
+            if not isinstance(blob_id, bytes) or len(blob_id) != BLOB_ID_SIZE:
+                raise codec.UndecodableError("field 'roots' holds other than ids")
+            roots.add(Root(BlobId(blob_id), int(height)))
+        return roots
+    except (codec.UndecodableError, ValueError, TypeError) as error:
+        raise CorruptObject(name=name, reason=str(error)) from error
+
+
+class SessionWatch:
+    """gc's view of the sessions of a repository."""
+
+    def __init__(self, folder: Path, storage: Storage) -> None:
+        self._folder = folder / SESSIONS
+        self._storage = storage
+
+    def waiting_for(self, plan_id: str, *, but: str | None) -> list[Path]:
+        """Lock files of living sessions, other than ``but``, that have not acknowledged."""
+        acknowledged = {info.name for info in self._storage.list(ACKS_PREFIX)}
+        return [
+            path
+            for path in self._living()
+            if path.name != but and ack_name(path.name, plan_id) not in acknowledged
+        ]
+
+    def acknowledged_roots(self, plan_id: str) -> set[Root]:
+        """The roots that sessions named for a plan. Raises: CorruptObject, StorageError."""
+        roots: set[Root] = set()
+        for info in self._storage.list(ACKS_PREFIX):
+            if not info.name.endswith(f"-{plan_id}.msgpack"):
+                continue
+            # Gone: its session has ended, and what it published is in its records.
+            with contextlib.suppress(ObjectNotFound):
+                data = self._storage.get(info.name, size_max=ACK_SIZE_MAX)
+                roots |= decode_ack(data, info.name)
+        return roots
+
+    def clean(self) -> set[str]:
+        """Remove what dead sessions left; the ids of the living."""
+        living = {path.name for path in self._living()}
+        for info in list(self._storage.list(ACKS_PREFIX)):
+            if info.name.removeprefix(ACKS_PREFIX).partition("-")[0] not in living:
+                self._storage.delete(info.name)
+        return living
+
+    def _living(self) -> list[Path]:
+        if not self._folder.is_dir():
+            return []
+        living = []
+        for path in self._folder.iterdir():
+            if not path.is_file():
+                continue
+            if is_held(path):
+                living.append(path)
+            else:
+                path.unlink(missing_ok=True)
+        return living

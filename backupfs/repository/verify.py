@@ -1,0 +1,191 @@
+"""Compares bytes with their ids, and says which backups, and which ranges of them, are hit.
+
+In two passes, so that memory stays bounded and disks are read in order: the trees of the backups
+are walked to learn which blobs matter, then the packs are read one after the other. Only where
+something is wrong the trees are walked again, to name what it hits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from backupfs.errors import CorruptObject, DamageError, ObjectNotFound
+from backupfs.format import blob as blob_format
+from backupfs.format import tree
+from backupfs.format.pack import PackEntry, pack_name
+from backupfs.format.record import Record
+from backupfs.repository.blobs import RANGE_SIZE_MAX
+from backupfs.repository.images import Root, walk
+from backupfs.repository.marking import Reached
+from backupfs.repository.rebuild import list_packs, read_footer
+from backupfs.repository.repository import Repository
+from backupfs.types import HOLE, BlobId, PackId, Progress
+
+READERS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that is wrong; ``record`` and the range are None where no backup is hit."""
+
+    object_name: str
+    reason: str
+    record: Record | None
+    offset: int | None
+    size: int | None
+
+
+class Verification:
+    """One run over some backups of a repository."""
+
+    def __init__(self, repository: Repository, progress: Progress) -> None:
+        self._repository = repository
+        self._progress = progress
+        self._progress_lock = threading.Lock()
+        self._reached = Reached()
+        self._entered: set[bytes] = set()
+        self._bad: dict[BlobId, tuple[str, str]] = {}  # blob -> (object, reason)
+        self.findings: list[Finding] = []
+        self.bytes_checked = 0
+
+    def run(self, records: Sequence[Record], *, quick: bool) -> None:
+        """Check ``records``; with ``quick`` data are only looked up. Raises: StorageError."""
+        self.note_objects(self._repository.refresh_index())
+        for record in records:
+            self._walk(record)
+        if not quick:
+            self._read_packs()
+        if self._bad:
+            self._repository.index.mark_damaged(self._bad)
+            self._repository.avoided.blobs = self._repository.index.damaged()
+            for record in records:
+                self._name_hits(record)
+
+    def data_size(self) -> int:
+        """Bytes of all packs: what ``run`` reports progress towards, at most."""
+        return sum(list_packs(self._repository.storage).values())
+
+    def note_objects(self, damage: Sequence[CorruptObject]) -> None:
+        """Add findings about objects that hit no single backup."""
+        self.findings.extend(
+            Finding(
+                object_name=error.fields["name"],
+                reason=error.fields["reason"],
+                record=None,
+                offset=None,
+                size=None,
+            )
+            for error in damage
+        )
+
+    def _walk(self, record: Record) -> None:
+        root = Root(record.root, record.height)
+        reader = self._repository.reader
+        for _first, ids in walk(reader, root, enter=self._enter, on_damage=self._bad_node):
+            self._locate([blob_id for blob_id in ids if blob_id != HOLE])
+
+    def _enter(self, blob_id: BlobId, _level: int) -> bool:
+        key = blob_id[:16]
+        if key in self._entered:
+            return False
+        self._entered.add(key)
+        self._locate([blob_id])
+        return True
+
+    def _bad_node(self, blob_id: BlobId, _level: int, _first: int, error: DamageError) -> None:
+        pack_id = error.fields.get("pack_id", "no pack")
+        self._bad[blob_id] = (f"packs/…/{pack_id}", str(error))
+
+    def _locate(self, blob_ids: list[BlobId]) -> None:
+        locations = self._repository.index.find_many(blob_ids)
+        for blob_id, location in zip(blob_ids, locations, strict=True):
+            if location is None:
+                self._bad.setdefault(blob_id, ("no pack", "it is not in any pack"))
+            else:
+                self._reached.add(location.pack_id, location.offset)
+
+    def _read_packs(self) -> None:
+        sizes = list_packs(self._repository.storage)
+        with ThreadPoolExecutor(READERS, thread_name_prefix="verify") as pool:
+            for pack_id in sorted(self._reached.packs()):
+                entries = self._entries(pack_id, sizes.get(pack_id, 0))
+                list(pool.map(lambda group, p=pack_id: self._check(p, group), _groups(entries)))
+
+    def _entries(self, pack_id: PackId, size: int) -> list[PackEntry]:
+        offsets = self._reached.offsets(pack_id)
+        try:
+            entries = read_footer(self._repository.storage, self._repository.ids, pack_id, size)
+        except CorruptObject as error:
+            self.note_objects([error])
+            return []
+        except ObjectNotFound:
+            return []  # gc has moved its blobs since
+        return [entry for entry in entries if entry.offset in offsets]
+
+    def _check(self, pack_id: PackId, group: list[PackEntry]) -> None:
+        first, last = group[0], group[-1]
+        size = last.offset + last.size - first.offset
+        name = pack_name(pack_id)
+        try:
+            data = self._repository.storage.get_range(name, first.offset, size)
+        except ObjectNotFound:
+            return
+        view = memoryview(data)
+        for entry in group:
+            start = entry.offset - first.offset
+            try:
+                blob_format.decode(
+                    view[start : start + entry.size],
+                    expected=entry.blob_id,
+                    level=entry.level,
+                    ids=self._repository.ids,
+                )
+            except blob_format.BadBlobError as error:
+                self._bad[entry.blob_id] = (name, f"{error} (at offset {entry.offset})")
+        with self._progress_lock:
+            self.bytes_checked += size
+            self._progress(size)
+
+    def _name_hits(self, record: Record) -> None:
+        root = Root(record.root, record.height)
+        chunk_size = record.chunk_size
+        hit_nodes: list[tuple[BlobId, int, int]] = []
+
+        def note_node(blob_id: BlobId, level: int, first: int, error: DamageError) -> None:
+            hit_nodes.append((blob_id, level, first))
+            self._bad.setdefault(blob_id, ("no pack", str(error)))
+
+        reader = self._repository.reader
+        everywhere = walk(reader, root, enter=lambda _id, _level: True, on_damage=note_node)
+        for first, ids in everywhere:
+            for place, blob_id in enumerate(ids):
+                if blob_id in self._bad:
+                    self._hit(record, blob_id, (first + place) * chunk_size, chunk_size)
+        for blob_id, level, first in hit_nodes:
+            self._hit(record, blob_id, first * chunk_size, tree.span(level) * chunk_size)
+
+    def _hit(self, record: Record, blob_id: BlobId, offset: int, size: int) -> None:
+        object_name, reason = self._bad[blob_id]
+        self.findings.append(
+            Finding(
+                object_name=object_name,
+                reason=reason,
+                record=record,
+                offset=offset,
+                size=max(0, min(size, record.size - offset)),
+            )
+        )
+
+
+def _groups(entries: list[PackEntry]) -> list[list[PackEntry]]:
+    """Entries in the order of their pack, in groups that one read brings in."""
+    groups: list[list[PackEntry]] = []
+    for entry in sorted(entries, key=lambda entry: entry.offset):
+        if groups and entry.offset + entry.size - groups[-1][0].offset <= RANGE_SIZE_MAX:
+            groups[-1].append(entry)
+        else:
+            groups.append([entry])
+    return groups

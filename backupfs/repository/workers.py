@@ -1,0 +1,86 @@
+"""The threads that hash and compress, and the credit that bounds what waits for them."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+
+class Workers:
+    """Threads that run jobs from one queue; who submits bounds what it submits by ``Credit``."""
+
+    def __init__(self, count: int, *, name: str = "worker") -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"{name}-{number}", daemon=True)
+            for number in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Run ``job`` soon, in some thread; it keeps its errors to itself."""
+        self._jobs.put(job)
+
+    def close(self) -> None:
+        """Finish what was submitted, then end."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                job()
+            except Exception:  # a job that breaks its promise must not take the thread along
+                log.exception("a job failed")
+            del job  # its buffers must not live until the next one comes
+
+
+class Credit:
+    """Bytes accepted and not worked off yet, against a limit. Thread-safe.
+
+    Taking never waits: a caller takes for what it has accepted already, then waits, in its own
+    way, until the sum is below the limit again.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._taken = 0
+        self._condition = threading.Condition()
+        self._callbacks: list[Callable[[], None]] = []
+
+    def take(self, size: int) -> None:
+        with self._condition:
+            self._taken += size
+
+    def give(self, size: int) -> None:
+        with self._condition:
+            self._taken -= size
+            if self._taken >= self._limit:
+                return
+            callbacks, self._callbacks = self._callbacks, []
+            self._condition.notify_all()
+        for callback in callbacks:
+            callback()
+
+    def wait(self) -> None:
+        """Block until less than the limit is taken."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._taken < self._limit)
+
+    def call_when_below(self, callback: Callable[[], None]) -> bool:
+        """Have ``callback`` called once, from any thread, when below the limit.
+
+        False, and it is not called, where that is so already.
+        """
+        with self._condition:
+            if self._taken < self._limit:
+                return False
+            self._callbacks.append(callback)
+            return True

@@ -1,0 +1,219 @@
+"""A repository in a local folder: temporary name, write, fsync, link, fsync of the folder.
+
+The spool folder lies in the repository's folder too, so that a finished pack is taken in by a link
+instead of a copy. Listings leave out what begins with a dot: temporary names do.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+
+from backupfs.ambient import Ambient
+from backupfs.errors import ObjectExists, ObjectNotFound, StorageUnavailable
+from backupfs.storage.base import ObjectInfo, SpooledFile
+from backupfs.storage.oserrors import storage_error, translated
+from backupfs.types import Buffer, ObjectName
+
+OPEN_FILES_MAX = 64
+COMPARE_SIZE = 1 << 20
+TEMPORARY_AGE_MAX = 24 * 3600.0  # seconds after which a temporary file has no living writer
+
+# Links are refused by some file systems (FAT, some network ones); there a rename must do.
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS}
+
+
+class LocalStorage:
+    """Objects as files below ``folder``."""
+
+    def __init__(self, folder: Path, ambient: Ambient) -> None:
+        self._ambient = ambient
+        self.location = str(folder)
+        self.folder = folder
+        self._open_files: OrderedDict[str, int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Close the files kept open for reading."""
+        with self._lock:
+            while self._open_files:
+                os.close(self._open_files.popitem()[1])
+
+    def put_new(self, name: ObjectName, data: Buffer | SpooledFile) -> None:
+        with translated():
+            target = self.folder / name
+            self._make_folder(target.parent)
+            if isinstance(data, SpooledFile):
+                self._take_in(data.path, target)
+            else:
+                self._take_in(self._write_temporary(target, data), target)
+
+    def get(self, name: ObjectName, *, size_max: int) -> bytes:
+        try:
+            with (self.folder / name).open("rb") as file:
+                data = file.read(size_max + 1)
+        except FileNotFoundError as error:
+            raise ObjectNotFound(name=name) from error
+        except OSError as error:
+            raise storage_error(error) from error
+        if len(data) > size_max:
+            raise StorageUnavailable(reason=f"{name!r} is larger than {size_max} bytes")
+        return data
+
+    def get_range(self, name: ObjectName, offset: int, size: int) -> bytes:
+        try:
+            return self._read(name, offset, size)
+        except FileNotFoundError as error:
+            raise ObjectNotFound(name=name) from error
+        except OSError as error:
+            raise storage_error(error) from error
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        with translated():
+            yield from self._walk(self.folder / prefix.rstrip("/"), prefix)
+
+    def delete(self, name: ObjectName) -> None:
+        path = self.folder / name
+        with self._lock:
+            file = self._open_files.pop(name, None)
+            if file is not None:
+                os.close(file)
+        with translated():
+            try:
+                path.unlink()
+            except FileNotFoundError:
+                return
+            sync_folder(path.parent)
+
+    def clean_temporary(self) -> None:
+        """Remove temporary files that no living writer can still hold."""
+        oldest = self._ambient.now().timestamp() - TEMPORARY_AGE_MAX
+        with translated():
+            for path in self.folder.glob("*/**/.*.tmp"):
+                if path.stat().st_mtime < oldest:
+                    path.unlink(missing_ok=True)
+
+    def _write_temporary(self, target: Path, data: Buffer) -> Path:
+        temporary = target.with_name(
+            f".{target.name[:64]}.{self._ambient.random_bytes(8).hex()}.tmp"
+        )
+        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            write_all(file, data)
+            os.fsync(file)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(file)
+        return temporary
+
+    def _take_in(self, source: Path, target: Path) -> None:
+        """Give a synced file its final name, or find that the same bytes are there already."""
+        try:
+            os.link(source, target)
+        except FileExistsError:
+            if not _same_bytes(source, target):
+                source.unlink(missing_ok=True)
+                raise ObjectExists(name=str(target.relative_to(self.folder))) from None
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                source.unlink(missing_ok=True)
+                raise
+            source.rename(target)
+        source.unlink(missing_ok=True)
+        sync_folder(target.parent)
+
+    def _make_folder(self, folder: Path) -> None:
+        if folder.is_dir():
+            return
+        if not self.folder.is_dir():
+            raise StorageUnavailable(reason=f"the folder {self.location!r} is gone")
+        if folder.parent != self.folder:
+            self._make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+    def _walk(self, folder: Path, prefix: str) -> Iterator[ObjectInfo]:
+        try:
+            entries = os.scandir(folder)
+        except FileNotFoundError:
+            return
+        with entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    yield from self._walk(Path(entry.path), f"{prefix}{entry.name}/")
+                    continue
+                try:
+                    size = entry.stat(follow_symlinks=False).st_size
+                except FileNotFoundError:
+                    continue
+                yield ObjectInfo(name=ObjectName(f"{prefix}{entry.name}"), size=size)
+
+    def _read(self, name: str, offset: int, size: int) -> bytes:
+        file = self._borrow(name)
+        try:
+            return read_all(file, offset, size)
+        finally:
+            os.close(file)
+
+    def _borrow(self, name: str) -> int:
+        """A descriptor of the caller's own; opening by name is spared where it was read before."""
+        with self._lock:
+            file = self._open_files.get(name)
+            if file is None:
+                file = os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
+                self._open_files[name] = file
+                if len(self._open_files) > OPEN_FILES_MAX:
+                    os.close(self._open_files.popitem(last=False)[1])
+            else:
+                self._open_files.move_to_end(name)
+            return os.dup(file)
+
+
+def write_all(file: int, data: Buffer) -> None:
+    """Write every byte: one call may take only a part."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]
+
+
+def read_all(file: int, offset: int, size: int) -> bytes:
+    """``size`` bytes from ``offset``, fewer only at the file's end."""
+    data = os.pread(file, size, offset)
+    if len(data) in (0, size):
+        return data
+    parts = [data]
+    missing = size - len(data)
+    while missing:
+        data = os.pread(file, missing, offset + size - missing)
+        if not data:
+            break
+        parts.append(data)
+        missing -= len(data)
+    return b"".join(parts)
+
+
+def _same_bytes(first: Path, second: Path) -> bool:
+    with first.open("rb") as one, second.open("rb") as other:
+        while True:
+            left, right = one.read(COMPARE_SIZE), other.read(COMPARE_SIZE)
+            if left != right:
+                return False
+            if not left:
+                return True
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -1,0 +1,88 @@
+"""Locks that die with their process: who is writing, who collects garbage, who keeps drafts.
+
+A lock is a file of this host's view of the repository, held with flock(2): the kernel gives it up
+when its process ends, in whatever way, so no lock is ever stale and none is broken by force.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from backupfs.storage.oserrors import translated
+
+HOLDER_SIZE_MAX = 1024
+
+
+class FileLock:
+    """An exclusive lock held by this process; ``release`` or the process's end gives it up."""
+
+    def __init__(self, path: Path, file: int) -> None:
+        self.path = path
+        self._file: int | None = file
+
+    def describe(self, holder: str) -> None:
+        """Leave word, for people, of who holds the lock."""
+        if self._file is not None:
+            with translated():
+                os.ftruncate(self._file, 0)
+                os.pwrite(self._file, holder.encode()[:HOLDER_SIZE_MAX], 0)
+
+    def release(self, *, remove: bool = False) -> None:
+        """Give the lock up; with ``remove`` its file goes first, so nobody finds it unheld."""
+        if self._file is None:
+            return
+        if remove:
+            self.path.unlink(missing_ok=True)
+        os.close(self._file)
+        self._file = None
+
+
+def try_lock(path: Path) -> FileLock | None:
+    """Take the lock at ``path``, made if absent; None where another holds it."""
+    with translated():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(file)
+                return None
+            if _is_still(file, path):
+                return FileLock(path, file)
+            os.close(file)  # its last holder removed it between our open and lock
+
+
+def is_held(path: Path) -> bool:
+    """Whether some living process holds the lock at ``path``."""
+    with translated():
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(file)
+        return False
+
+
+def holder(path: Path) -> str:
+    """What the holder of a lock left as word of itself."""
+    try:
+        return path.read_text(errors="replace")[:HOLDER_SIZE_MAX] or "another process"
+    except OSError:
+        return "another process"
+
+
+def _is_still(file: int, path: Path) -> bool:
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    ours = os.fstat(file)
+    return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)

@@ -1,0 +1,34 @@
+"""Errors of the operating system as errors of ours."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from backupfs.errors import StorageError, StorageFull, StorageReadOnly, StorageUnavailable
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def storage_error(error: OSError) -> StorageError:
+    """The error of ours that an ``OSError`` of the repository's folder amounts to."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    if error.filename:
+        reason = f"{reason}: {os.fspath(error.filename)!r}"
+    if error.errno in _FULL:
+        return StorageFull(reason=reason)
+    if error.errno in _READ_ONLY:
+        return StorageReadOnly(reason=reason)
+    return StorageUnavailable(reason=reason)
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turns an ``OSError`` of the block into ``StorageError``."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error) from error
