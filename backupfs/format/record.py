@@ -204,7 +204,8 @@ def _time(fields: codec.Fields, key: str) -> datetime:
 
 
 def _metadata_text(metadata: dict[str, Any] | None) -> str | None:
-    return None if metadata is None else json.dumps(metadata, sort_keys=True)
+    # Not a number and infinities are no JSON, though Python writes and reads them.
+    return None if metadata is None else json.dumps(metadata, sort_keys=True, allow_nan=False)
 
 
 def _metadata(text: str) -> dict[str, Any]:
