@@ -7,14 +7,17 @@ map with string keys. Decoding is bounded before anything is allocated and accep
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import msgpack
 
 from backupfs.types import Buffer
 
-# An empty container takes one byte here and eighty in memory.
-CONTAINER_COUNT_MAX = 1 << 16
+# An empty container takes one byte here and eighty in memory: so many are always taken, and beyond
+# them one for so many bytes.
+CONTAINER_COUNT_FREE = 64
+CONTAINER_SIZE_MIN = 16
 
 
 class UndecodableError(ValueError):
@@ -89,7 +92,8 @@ _FORMS = _forms()
 
 def _check_claims(data: memoryview) -> None:
     """Walk the items without building any, so that no length is believed before it is checked."""
-    position, pending, container_count = 0, 1, 0
+    position, pending = 0, 1
+    containers_left = CONTAINER_COUNT_FREE + len(data) // CONTAINER_SIZE_MIN
     while pending:
         # Each item still due takes a byte at least.
         if position + pending > len(data):
@@ -105,8 +109,8 @@ def _check_claims(data: memoryview) -> None:
         pending -= 1
         if weight:
             pending += length * weight
-            container_count += 1
-            if container_count > CONTAINER_COUNT_MAX:
+            containers_left -= 1
+            if containers_left < 0:
                 raise UndecodableError("too many maps and lists")
         else:
             position += length
@@ -149,6 +153,17 @@ class Fields:
         if len(found) != size:
             raise UndecodableError(f"field {key!r}: {len(found)} bytes, not {size}")
         return bytes(found)
+
+    def moment(self, key: str) -> datetime:
+        """A time, aware and in UTC."""
+        text = self.text(key, size_max=64)
+        try:
+            found = datetime.fromisoformat(text)
+            if found.utcoffset() is not None:
+                return found.astimezone(UTC)
+        except (ValueError, OverflowError) as error:
+            raise UndecodableError(f"field {key!r} is no time") from error
+        raise UndecodableError(f"field {key!r} has no time zone")
 
     def mapping(self, key: str) -> dict[str, Any]:
         found = self._get(key, dict)

@@ -101,7 +101,7 @@ def decode_config(data: Buffer, ids: IdScheme) -> RepositoryConfig:
             chunk_size=fields.integer("chunk_size"),
             pack_size=fields.integer("pack_size"),
             compression_level=fields.integer("compression_level"),
-            created_at=_time(fields, "created_at"),
+            created_at=fields.moment("created_at"),
             mandatory_features=mandatory_features,
             optional_features=_features(fields, "optional_features"),
         )
@@ -121,13 +121,6 @@ def _repository_id(fields: codec.Fields) -> str:
     if str(uuid.UUID(text)) != text:
         raise codec.UndecodableError("repository id is no UUID in lower case")
     return text
-
-
-def _time(fields: codec.Fields, key: str) -> datetime:
-    moment = datetime.fromisoformat(fields.text(key, size_max=64))
-    if moment.utcoffset() is None:
-        raise codec.UndecodableError(f"field {key!r} has no time zone")
-    return moment
 
 
 def _features(fields: codec.Fields, key: str) -> tuple[str, ...]:

@@ -102,7 +102,7 @@ def decode_draft_state(data: Buffer, name: str, ids: IdScheme, *, chunk_size: in
             stored_bytes=fields.integer("stored_bytes"),
             next_id=fields.text("next_id", size_max=36),
             published_id=fields.optional_text("published_id", size_max=36),
-            changed_at=datetime.fromisoformat(fields.text("changed_at", size_max=64)),
+            changed_at=fields.moment("changed_at"),
         )
     except (codec.UndecodableError, ValueError) as error:
         raise CorruptObject(name=name, reason=str(error)) from error

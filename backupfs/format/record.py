@@ -11,7 +11,7 @@ import json
 import re
 import uuid
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from backupfs.errors import InvalidRecord
@@ -184,8 +184,8 @@ def _from_fields(fields: codec.Fields) -> Record:
         height=height,
         kind=kind,
         parent_id=parent_id,
-        created_at=_time(fields, "created_at"),
-        data_timestamp=_time(fields, "data_timestamp"),
+        created_at=fields.moment("created_at"),
+        data_timestamp=fields.moment("data_timestamp"),
         source_mtime_ns=fields.optional_integer("source_mtime_ns", low=-(1 << 63)),
         source_mode=fields.optional_integer("source_mode", low=0, high=0o7777),
         data_size=fields.integer("data_size"),
@@ -194,13 +194,6 @@ def _from_fields(fields: codec.Fields) -> Record:
         metadata=None if metadata_text is None else _metadata(metadata_text),
         description=_description(fields.mapping("description")),
     )
-
-
-def _time(fields: codec.Fields, key: str) -> datetime:
-    moment = datetime.fromisoformat(fields.text(key, size_max=64))
-    if moment.utcoffset() is None:
-        raise codec.UndecodableError(f"field {key!r} has no time zone")
-    return moment.astimezone(UTC)
 
 
 def _metadata_text(metadata: dict[str, Any] | None) -> str | None:

@@ -6,6 +6,7 @@ import math
 import struct
 import time
 import tracemalloc
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given, settings
@@ -233,6 +234,11 @@ def test_a_dense_list_costs_a_small_multiple_of_its_bytes():
         ({"a": []}, lambda fields: fields.mapping("a")),
         ({"a": [1, 2]}, lambda fields: fields.sequence("a", length_max=1)),
         ({"a": {}}, lambda fields: fields.sequence("a", length_max=1)),
+        ({"a": 5}, lambda fields: fields.moment("a")),
+        ({"a": ""}, lambda fields: fields.moment("a")),
+        ({"a": "2026-11-22T14:25:03"}, lambda fields: fields.moment("a")),
+        ({"a": "2026-11-22T14:25:03+00:00" + " " * 50}, lambda fields: fields.moment("a")),
+        ({"a": "0001-01-01T00:00:00+01:00"}, lambda fields: fields.moment("a")),
     ],
 )
 def test_a_field_of_another_kind_or_size_is_refused_by_name(value, read):
@@ -251,4 +257,14 @@ def test_fields_within_bounds_are_given_as_they_are():
     assert fields.sequence("s", length_max=1) == [1]
     assert fields.optional_text("n") is None and fields.optional_text("absent") is None
     assert fields.optional_integer("n", low=0) is None
+    moment = Fields({"a": "2026-11-22T15:25:03+01:00"}).moment("a")
+    assert moment == datetime(2026, 11, 22, 14, 25, 3, tzinfo=UTC)
+    assert moment.tzinfo is UTC
     assert fields.keys() == ["t", "i", "f", "r", "m", "s", "n"]
+
+
+def test_many_small_maps_and_lists_are_taken_where_they_carry_something():
+    """An acknowledgement of gc's plan lists a root and its height for each draft there is."""
+    value = {"roots": [[bytes(32), 3]] * 100_000}
+
+    assert codec.decode(codec.encode(value), size_max=16 << 20) == value
