@@ -5,6 +5,7 @@ Host-local; layout in docs/format.md, "Draft state". gc reads it too: a draft's 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -16,6 +17,8 @@ from backupfs.types import BLOB_ID_SIZE, IMAGE_SIZE_MAX, BlobId, Buffer
 
 VERSION = 1
 STATE_SIZE_MAX = 64 << 10
+
+_DRAFT_ID = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +43,7 @@ class DraftState:
     next_id: str  # id of the backup it will become, fixed before its record is written
     published_id: str | None  # the backup it was last published as
     changed_at: datetime
+    sequence: int  # of the last flush by a writer; an older marker of writing is void
 
 
 def encode_draft_state(state: DraftState, ids: IdScheme) -> bytes:
@@ -64,6 +68,7 @@ def encode_draft_state(state: DraftState, ids: IdScheme) -> bytes:
         "next_id": state.next_id,
         "published_id": state.published_id,
         "changed_at": state.changed_at.isoformat(),
+        "sequence": state.sequence,
     }
     value["digest"] = ids.digest("state", codec.encode(value))
     return codec.encode(value)
@@ -84,16 +89,19 @@ def decode_draft_state(data: Buffer, name: str, ids: IdScheme, *, chunk_size: in
         height = fields.integer("height", low=1, high=16)
         if height != tree.height(size, chunk_size=chunk_size):
             raise codec.UndecodableError("its tree does not fit its size")
-        return DraftState(
-            draft_id=fields.text("id", size_max=32),
+        draft_id = fields.text("id", size_max=32)
+        if not _DRAFT_ID.fullmatch(draft_id):
+            raise codec.UndecodableError("its id is not one of a draft")
+        state = DraftState(
+            draft_id=draft_id,
             name=fields.text("name", size_max=4096),
             size=size,
             root=BlobId(fields.raw("root", size=BLOB_ID_SIZE)),
             height=height,
             data_count=fields.integer("data_count"),
             mode=fields.integer("mode", high=0o7777),
-            uid=fields.integer("uid", high=1 << 32),
-            gid=fields.integer("gid", high=1 << 32),
+            uid=fields.integer("uid", high=(1 << 32) - 1),
+            gid=fields.integer("gid", high=(1 << 32) - 1),
             mtime_ns=fields.integer("mtime_ns", low=-(1 << 63)),
             written=fields.flag("written"),
             changed=fields.flag("changed"),
@@ -104,5 +112,8 @@ def decode_draft_state(data: Buffer, name: str, ids: IdScheme, *, chunk_size: in
             published_id=fields.optional_text("published_id", size_max=36),
             changed_at=fields.moment("changed_at"),
         )
+        if encode_draft_state(state, ids) != bytes(data):
+            raise codec.UndecodableError("it has fields that do not belong there")
+        return state
     except (codec.UndecodableError, ValueError) as error:
         raise CorruptObject(name=name, reason=str(error)) from error

@@ -16,9 +16,14 @@ from pathlib import Path
 
 from backupfs.format import blob, pack, tree
 from backupfs.format.config import RepositoryConfig, encode_config
+from backupfs.format.draft_state import DraftState, encode_draft_state
 from backupfs.format.ids import IdScheme
 from backupfs.format.record import Description, Record, encode_record
-from backupfs.types import HOLE, BlobId, PackId
+from backupfs.repository.images import Root
+from backupfs.repository.metadata import MetadataStore
+from backupfs.repository.sessions import Plan, encode_ack, encode_plan
+from backupfs.storage.memory import MemoryStorage
+from backupfs.types import HOLE, BlobId, ObjectName, PackId
 
 GOLDEN = Path(__file__).parent / "golden" / "v1"
 IDS = IdScheme()
@@ -106,6 +111,41 @@ INCREMENTAL_RECORD = Record(
     host="",
 )
 
+METADATA_VOLUME = "hosts/wéb 01\n"
+METADATA = {"owner": "Zoë", "size": 5, "tags": ["a", None, True, 2.5]}
+METADATA_NAME = ObjectName("metadata/54c2d1f03c0c3b7d41cc4888b8e3b437/000000000001.msgpack")
+
+PLAN = Plan("00112233445566778899aabbccddeeff", frozenset({PACK_ID, PackId(bytes(16))}))
+ACKNOWLEDGED = {Root(NODE_ID, 1), Root(UPPER_NODE_ID, 2)}
+
+DRAFT_STATE = DraftState(
+    draft_id="ffeeddccbbaa99887766554433221100",
+    name="hosts/wéb 01\n.img",
+    size=IMAGE_SIZE,
+    root=NODE_ID,
+    height=1,
+    data_count=2,
+    mode=0o640,
+    uid=1000,
+    gid=(1 << 32) - 2,
+    mtime_ns=1795357503000000001,
+    written=True,
+    changed=True,
+    interrupted=False,
+    held="its writer was killed",
+    stored_bytes=20_000,
+    next_id="0b0e4f2c-1111-4222-8333-444455558888",
+    published_id="0b0e4f2c-1111-4222-8333-444455556666",
+    changed_at=datetime(2026, 11, 22, 14, 25, 7, tzinfo=UTC),
+)
+
+
+def golden_metadata() -> bytes:
+    """What a volume's first put of metadata stores."""
+    storage = MemoryStorage()
+    MetadataStore(storage, IDS).put(METADATA_VOLUME, METADATA)
+    return storage.get(METADATA_NAME, size_max=1 << 20)
+
 
 def golden_pack() -> bytes:
     """The pack as this machine's zstd writes it: other versions of it may compress otherwise."""
@@ -122,9 +162,13 @@ def golden_pack() -> bytes:
 def golden_files() -> dict[str, bytes]:
     """Content of each golden file, by name, as the code of today would write it."""
     return {
+        "acknowledgement.msgpack": encode_ack(ACKNOWLEDGED),
         "config": encode_config(CONFIG, IDS),
+        "draft-state.msgpack": encode_draft_state(DRAFT_STATE, IDS),
+        "metadata.msgpack": golden_metadata(),
         "node": NODE,
         "pack": golden_pack(),
+        "plan.msgpack": encode_plan(PLAN),
         "record-full.msgpack": encode_record(FULL_RECORD, IDS),
         "record-incremental.msgpack": encode_record(INCREMENTAL_RECORD, IDS),
     }

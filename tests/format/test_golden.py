@@ -8,7 +8,11 @@ from golden_values import GOLDEN, IDS
 
 from backupfs.format import blob, codec, pack, tree
 from backupfs.format.config import decode_config, encode_config
+from backupfs.format.draft_state import decode_draft_state, encode_draft_state
 from backupfs.format.record import decode_record, encode_record
+from backupfs.repository.metadata import MetadataStore
+from backupfs.repository.sessions import decode_ack, decode_plan, encode_ack, encode_plan
+from backupfs.storage.memory import MemoryStorage
 
 
 def golden(name: str) -> bytes:
@@ -122,9 +126,49 @@ def test_golden_record_restores_its_image_from_the_golden_pack():
     assert image[: record.size] == golden_values.IMAGE
 
 
-@pytest.mark.parametrize("name", ["config", "record-full.msgpack", "record-incremental.msgpack"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config",
+        "draft-state.msgpack",
+        "metadata.msgpack",
+        "record-full.msgpack",
+        "record-incremental.msgpack",
+    ],
+)
 def test_golden_maps_are_canonical_and_end_with_their_digest(name):
     value = codec.decode(golden(name), size_max=1 << 20)
 
     assert list(value)[-1] == "digest"
     assert codec.encode(value) == golden(name)
+
+
+def test_golden_metadata_is_read_and_written_again():
+    storage = MemoryStorage()
+    storage.put_new(golden_values.METADATA_NAME, golden("metadata.msgpack"))
+    store = MetadataStore(storage, IDS)
+
+    assert store.get(golden_values.METADATA_VOLUME) == golden_values.METADATA
+    assert golden_values.golden_metadata() == golden("metadata.msgpack")
+
+
+def test_golden_plan_decodes_and_encodes_back():
+    assert decode_plan(golden("plan.msgpack"), "plan") == golden_values.PLAN
+    assert encode_plan(golden_values.PLAN) == golden("plan.msgpack")
+
+
+def test_golden_acknowledgement_decodes_and_encodes_back():
+    data = golden("acknowledgement.msgpack")
+
+    assert decode_ack(data, "acknowledgement") == golden_values.ACKNOWLEDGED
+    assert encode_ack(golden_values.ACKNOWLEDGED) == data
+
+
+def test_golden_draft_state_decodes_and_encodes_back():
+    data = golden("draft-state.msgpack")
+    chunk_size = golden_values.CHUNK_SIZE
+
+    assert decode_draft_state(data, "draft", IDS, chunk_size=chunk_size) == (
+        golden_values.DRAFT_STATE
+    )
+    assert encode_draft_state(golden_values.DRAFT_STATE, IDS) == data
