@@ -73,11 +73,9 @@ AMBIENT_NAMES = (
 )
 AMBIENT_DOOR = ("ambient",)
 
-# (module, name) -> why it may reach past ``ambient``.
-AMBIENT_EXCEPTIONS = {
-    ("storage.local", "time.time"): "compared with times the file system itself gave",
-    ("storage.local", "secrets.token_hex"): "temporary names must differ, nothing keeps them",
-}
+# (module, name) -> why it may reach past ``ambient``. None does.
+AMBIENT_EXCEPTIONS: dict[tuple[str, str], str] = {}
+
 ASYNC_DOOR = ("fuse", "daemon")
 
 # What importing the engine must not bring in: none of them is there, or works, inside Cinder.
