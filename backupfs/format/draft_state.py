@@ -17,6 +17,8 @@ from backupfs.types import BLOB_ID_SIZE, IMAGE_SIZE_MAX, BlobId, Buffer
 
 VERSION = 1
 STATE_SIZE_MAX = 64 << 10
+NAME_SIZE_MAX = 8192  # twice a volume's: a file moved aside gets a longer name
+HELD_SIZE_MAX = 4096
 
 _DRAFT_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -94,7 +96,7 @@ def decode_draft_state(data: Buffer, name: str, ids: IdScheme, *, chunk_size: in
             raise codec.UndecodableError("its id is not one of a draft")
         state = DraftState(
             draft_id=draft_id,
-            name=fields.text("name", size_max=4096),
+            name=fields.text("name", size_max=NAME_SIZE_MAX),
             size=size,
             root=BlobId(fields.raw("root", size=BLOB_ID_SIZE)),
             height=height,
@@ -106,7 +108,7 @@ def decode_draft_state(data: Buffer, name: str, ids: IdScheme, *, chunk_size: in
             written=fields.flag("written"),
             changed=fields.flag("changed"),
             interrupted=fields.flag("interrupted"),
-            held=fields.text("held", size_max=1024),
+            held=fields.text("held", size_max=HELD_SIZE_MAX),
             stored_bytes=fields.integer("stored_bytes"),
             next_id=fields.text("next_id", size_max=36),
             published_id=fields.optional_text("published_id", size_max=36),

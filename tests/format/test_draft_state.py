@@ -97,7 +97,7 @@ def test_a_state_cut_anywhere_is_refused():
         {"mtime_ns": None},
         {"written": 1},
         {"held": None},
-        {"held": "x" * 1025},
+        {"held": "x" * 4097},
         {"published_id": 5},
         {"changed_at": "2026-11-22T14:25:07"},
         {"filler": bytes(STATE_SIZE_MAX)},
