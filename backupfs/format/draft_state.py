@@ -113,6 +113,7 @@ def decode_draft_state(data: Buffer, name: str, ids: IdScheme, *, chunk_size: in
             next_id=fields.text("next_id", size_max=36),
             published_id=fields.optional_text("published_id", size_max=36),
             changed_at=fields.moment("changed_at"),
+            sequence=fields.integer("sequence"),
         )
         if encode_draft_state(state, ids) != bytes(data):
             raise codec.UndecodableError("it has fields that do not belong there")

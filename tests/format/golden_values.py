@@ -137,6 +137,7 @@ DRAFT_STATE = DraftState(
     next_id="0b0e4f2c-1111-4222-8333-444455558888",
     published_id="0b0e4f2c-1111-4222-8333-444455556666",
     changed_at=datetime(2026, 11, 22, 14, 25, 7, tzinfo=UTC),
+    sequence=7,
 )
 
 
