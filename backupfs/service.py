@@ -6,124 +6,534 @@ FUSE, trio, click or Cinder. A verb that returns has made its effect durable.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, Protocol
+import contextlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 from backupfs.ambient import Ambient
-from backupfs.format.record import Description, Record
-from backupfs.types import Buffer, Progress, no_progress
+from backupfs.catalogue import Catalogue
+from backupfs.errors import (
+    AmbiguousBackup,
+    BackupExists,
+    BackupNotFound,
+    Busy,
+    Cancelled,
+    DraftNotFound,
+    InvalidName,
+    StorageUnavailable,
+    VolumeNotFound,
+)
+from backupfs.format.config import (
+    CHUNK_SIZE_DEFAULT,
+    COMPRESSION_LEVEL_DEFAULT,
+    PACK_SIZE_DEFAULT,
+    RepositoryConfig,
+)
+from backupfs.format.names import LATEST_NAME, check_volume_name, volume_of
+from backupfs.format.record import (
+    Description,
+    Record,
+    canonical_backup_id,
+    encode_record,
+)
+from backupfs.image import Image
+from backupfs.importing import import_record
+from backupfs.reports import (
+    Damage,
+    DraftInfo,
+    GcReport,
+    ImageSource,
+    ImageTarget,
+    ImportOutcome,
+    PruneReport,
+    RepositoryStats,
+    VerifyReport,
+)
+from backupfs.repository import gc as garbage
+from backupfs.repository.rebuild import list_packs
+from backupfs.repository.repository import Repository, init_repository
+from backupfs.repository.verify import Verification
+from backupfs.retention import RetentionPolicy, kept_ids
+from backupfs.staging.area import StagingArea
+from backupfs.staging.draft import Draft
+from backupfs.staging.events import EventLog
+from backupfs.staging.lifecycle import Policy, State
+from backupfs.staging.publish import LATEST, Publication, publish
+from backupfs.staging.state_store import StateStore, current_holder, host_folder, load_states
+from backupfs.types import Progress, no_progress
+
+__all__ = [
+    "LATEST",
+    "Damage",
+    "Description",
+    "DraftInfo",
+    "GcReport",
+    "Image",
+    "ImageSource",
+    "ImageTarget",
+    "ImportOutcome",
+    "Policy",
+    "PruneReport",
+    "Record",
+    "RepositoryStats",
+    "RetentionPolicy",
+    "Service",
+    "StagingArea",
+    "VerifyReport",
+    "init",
+]
+
+# What a restore reads, proves and writes at a time.
+RESTORE_SIZE = 4 << 20
+
+# How the command line asks a running mount to publish a draft: an attribute set on the staged file.
+PUBLISH_ATTRIBUTE = "user.backupfs.publish"
+STATUS_PATH = ".backupfs/status.json"
 
 
-class ImageSource(Protocol):
-    """An image to be backed up, read once from start to end."""
+def never() -> bool:
+    """For callers that do not cancel."""
+    return False
 
-    name: str  # for messages
-    size_hint: int | None  # bytes expected, for progress; None where unknown
 
-    def extents(self) -> Iterable[tuple[int, Buffer]]:
-        """(offset, data) in ascending order; what lies between is zeros (a hole).
+def init(
+    location: str,
+    *,
+    chunk_size: int = CHUNK_SIZE_DEFAULT,
+    pack_size: int = PACK_SIZE_DEFAULT,
+    compression_level: int = COMPRESSION_LEVEL_DEFAULT,
+    ambient: Ambient | None = None,
+) -> RepositoryConfig:
+    """Make a repository in a folder that is absent or empty; durable on return.
+
+    Raises:
+        InvalidOption, RepositoryExists, StorageError: nothing was made.
+    """
+    return init_repository(
+        location,
+        chunk_size=chunk_size,
+        pack_size=pack_size,
+        compression_level=compression_level,
+        ambient=ambient or Ambient(),
+    )
+
+
+class Service:
+    """An open repository and what can be done with it. Use as a context manager."""
+
+    def __init__(self, repository: Repository) -> None:
+        self.repository = repository
+        self.config = repository.config
+        self.location = repository.location
+        self.catalogue = Catalogue(repository.records, repository.storage)
+        self.catalogue.refresh()
+
+    @classmethod
+    def open(cls, location: str, *, ambient: Ambient | None = None) -> Service:
+        """Raises: RepositoryNotFound, CorruptObject, UnsupportedFormat, StorageError."""
+        repository = Repository.open(location, ambient or Ambient())
+        try:
+            return cls(repository)
+        except BaseException:
+            repository.close()
+            raise
+
+    def close(self) -> None:
+        """End all threads; everything that was acknowledged is durable."""
+        self.repository.close()
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def refresh(self) -> None:
+        """Take in what other processes published, deleted or found damaged. Raises: StorageError."""
+        self.catalogue.refresh()
+        self.repository.avoided.blobs = self.repository.index.damaged()
+
+    # -- looking ---------------------------------------------------------------------------------
+
+    def backups(self, volume: str | None = None) -> list[Record]:
+        """All backups, or a volume's, by volume, then oldest first. Raises: VolumeNotFound."""
+        if volume is None:
+            return self.catalogue.all()
+        backups = self.catalogue.backups(volume)
+        if not backups:
+            raise VolumeNotFound(volume=volume)
+        return backups
+
+    def resolve(self, selector: str) -> Record:
+        """The one backup that a user's words mean: an id, the unique start of one,
+        ``VOLUME@latest`` or ``VOLUME@TIMESTAMP`` (or the start of a timestamp).
+
+        Raises: BackupNotFound, AmbiguousBackup.
+        """
+        record = self.catalogue.get(selector)
+        if record is not None:
+            return record
+        volume, separator, moment = selector.rpartition("@")
+        if separator:
+            found = _at(self.catalogue.backups(volume), moment)
+        else:
+            ids = self.catalogue.ids_starting_with(selector.lower()) if selector else []
+            found = [record for backup_id in ids if (record := self.catalogue.get(backup_id))]
+        if not found:
+            raise BackupNotFound(selector=selector)
+        if len(found) > 1:
+            raise AmbiguousBackup(selector=selector, count=len(found))
+        return found[0]
+
+    def stats(self) -> RepositoryStats:
+        """Counts and sizes of the whole repository. Raises: StorageError."""
+        packs = list_packs(self.repository.storage)
+        backups = self.catalogue.all()
+        return RepositoryStats(
+            repository_id=self.config.repository_id,
+            location=self.location,
+            created_at=self.config.created_at,
+            chunk_size=self.config.chunk_size,
+            pack_size=self.config.pack_size,
+            compression_level=self.config.compression_level,
+            volumes=len(self.catalogue.volumes()),
+            backups=len(backups),
+            packs=len(packs),
+            stored_bytes=sum(packs.values()),
+            image_bytes=sum(record.size for record in backups),
+            data_bytes=sum(record.data_size for record in backups),
+        )
+
+    # -- backing up and restoring ------------------------------------------------------------------
+
+    def backup(
+        self,
+        source: ImageSource,
+        *,
+        volume: str,
+        parent: str | None = LATEST,
+        backup_id: str | None = None,
+        data_timestamp: datetime | None = None,
+        description: Description | None = None,
+        with_metadata: bool = True,
+        source_mtime_ns: int | None = None,
+        source_mode: int | None = None,
+        progress: Progress = no_progress,
+        cancelled: Callable[[], bool] = never,
+    ) -> Record:
+        """Back ``source`` up as the next backup of ``volume``.
+
+        ``parent`` is ``LATEST`` (the volume's latest backup), the id of a backup, or None for a
+        full one; a parent of another size, or one that is gone, gives a full backup as well.
 
         Raises:
-            SourceFailed: the source could not be read; no backup may be made.
+            InvalidName, ImageTooLarge, BackupExists, SourceFailed, Cancelled, StorageError: there
+                is no backup; what was stored for it is garbage for gc.
         """
+        problem = check_volume_name(volume)
+        if problem:
+            raise InvalidName(name=volume, reason=problem)
+        ambient = self.repository.ambient
+        if backup_id is not None:
+            backup_id = canonical_backup_id(backup_id)
+            if self.catalogue.get(backup_id) is not None:
+                raise BackupExists(backup_id=backup_id)
+        started_at = ambient.now()
+        writer = self.repository.writer()
+        draft = Draft(
+            reader=self.repository.reader,
+            store=writer.store,
+            workers=writer.workers,
+            credit=writer.credit,
+        )
 
-    def size(self) -> int:
-        """The image's size in bytes; asked after ``extents`` is used up."""
+        def checkpoint() -> set[Any]:
+            return {draft.checkpoint().root}
+
+        writer.session.add_checkpoint(checkpoint)
+        try:
+            for offset, data in source.extents():
+                if cancelled():
+                    raise Cancelled(what=f"backup of {source.name!r}")
+                draft.write(offset, data)
+                writer.credit.wait()
+                progress(len(data))
+            draft.truncate(source.size())
+            content = draft.checkpoint()
+            if cancelled():
+                raise Cancelled(what=f"backup of {source.name!r}")
+            with writer.session.holding(content.root):
+                return publish(
+                    self.repository,
+                    self.catalogue,
+                    content,
+                    Publication(
+                        volume=volume,
+                        parent=parent,
+                        backup_id=backup_id or ambient.new_uuid(),
+                        data_timestamp=data_timestamp or started_at,
+                        source_mtime_ns=source_mtime_ns,
+                        source_mode=source_mode,
+                        stored_bytes=draft.take_added_size(),
+                        metadata=self.get_metadata(volume) if with_metadata else None,
+                        description=description or Description(),
+                    ),
+                )
+        finally:
+            writer.session.remove_checkpoint(checkpoint)
+
+    def restore(
+        self,
+        record: Record,
+        target: ImageTarget,
+        *,
+        progress: Progress = no_progress,
+        cancelled: Callable[[], bool] = never,
+    ) -> None:
+        """Write a backup's image to ``target``, every byte proven before it is written.
+
+        Raises:
+            DamageError, TargetFailed, Cancelled, StorageError: the target is not complete.
+        """
+        image = self.open_image(record)
+        offset = 0
+        while offset < record.size:
+            if cancelled():
+                raise Cancelled(what=f"restore to {target.name!r}")
+            size = min(RESTORE_SIZE, record.size - offset)
+            for start, data, length in image.extents(offset, size):
+                if data is None:
+                    target.write_hole(start, length)
+                else:
+                    target.write(start, data)
+            progress(size)
+            offset += size
+        target.finish(record.size)
+
+    def open_image(self, record: Record) -> Image:
+        """A backup's bytes, to be read at any place."""
+        return Image(self.repository.reader, record)
+
+    # -- deleting and tidying ----------------------------------------------------------------------
+
+    def delete(self, record: Record) -> None:
+        """Delete a backup; its space is free after gc. Raises: BackupNotFound, StorageError."""
+        if record.backup_id not in self.repository.records.ids():
+            self.catalogue.refresh()
+            raise BackupNotFound(selector=record.backup_id)
+        self.repository.records.delete(record.backup_id)
+        self.catalogue.remove(record)
+
+    def prune(
+        self, policy: RetentionPolicy, *, volume: str | None = None, dry_run: bool = False
+    ) -> PruneReport:
+        """Delete what ``policy`` does not keep, volume by volume.
+
+        Raises: VolumeNotFound, StorageError (backups already deleted stay deleted).
+        """
+        kept: list[Record] = []
+        deleted: list[Record] = []
+        self.catalogue.refresh()
+        for name in [volume] if volume is not None else self.catalogue.volumes():
+            backups = self.backups(name)
+            keep = kept_ids(backups, policy)
+            for record in backups:
+                (kept if record.backup_id in keep else deleted).append(record)
+        if not dry_run:
+            for record in deleted:
+                with contextlib.suppress(BackupNotFound):
+                    self.delete(record)
+        return PruneReport(kept=kept, deleted=deleted)
+
+    def gc(self, *, progress: Progress = no_progress) -> GcReport:
+        """Free what no backup and no draft reaches. See ``repository.gc`` for errors."""
+        collected = garbage.collect(self.repository, progress)
+        return GcReport(
+            packs_before=collected.packs_before,
+            packs_deleted=collected.packs_deleted,
+            packs_repacked=collected.packs_repacked,
+            bytes_before=collected.bytes_before,
+            bytes_after=collected.bytes_after,
+        )
+
+    def verify(
+        self,
+        records: Sequence[Record] | None = None,
+        *,
+        quick: bool = False,
+        progress: Progress = no_progress,
+    ) -> VerifyReport:
+        """Compare the bytes of some backups, or all, with their ids; report what is wrong.
+
+        With ``quick`` data are looked up but not read. Raises: StorageError.
+        """
+        self.catalogue.refresh()
+        chosen = self.catalogue.all() if records is None else list(records)
+        run = Verification(self.repository, progress)
+        if records is None:
+            run.note_objects(self.catalogue.unreadable())
+        run.run(chosen, quick=quick)
+        return VerifyReport(
+            backups_checked=len(chosen),
+            bytes_checked=run.bytes_checked,
+            damage=[
+                Damage(
+                    object_name=finding.object_name,
+                    reason=finding.reason,
+                    backup_id=finding.record.backup_id if finding.record else None,
+                    volume=finding.record.volume if finding.record else None,
+                    offset=finding.offset,
+                    size=finding.size,
+                )
+                for finding in run.findings
+            ],
+            complete=not quick,
+        )
+
+    # -- records and metadata ----------------------------------------------------------------------
+
+    def export_record(self, record: Record) -> bytes:
+        """The record as it is stored: with the packs, all that is needed to have the backup back."""
+        return encode_record(record, self.repository.ids)
+
+    def import_record(self, data: bytes) -> ImportOutcome:
+        """Take a backup in from its record; nothing changes on failure.
+
+        Raises: InvalidRecord, ForeignRecord, MissingData, BackupExists, StorageError.
+        """
+        record, already_there = import_record(self.repository, self.catalogue, data)
+        return ImportOutcome(record=record, already_there=already_there)
+
+    def get_metadata(self, volume: str) -> dict[str, Any]:
+        """A volume's metadata, {} where none was put. Raises: CorruptObject, StorageError."""
+        return self.repository.metadata.get(volume)
+
+    def put_metadata(self, volume: str, metadata: dict[str, Any]) -> None:
+        """Replace a volume's metadata. Raises: InvalidName, InvalidMetadata, StorageError."""
+        problem = check_volume_name(volume)
+        if problem:
+            raise InvalidName(name=volume, reason=problem)
+        self.repository.metadata.put(volume, metadata)
+
+    # -- staging -----------------------------------------------------------------------------------
+
+    def open_staging(self, policy: Policy, *, mountpoint: str | None) -> StagingArea:
+        """Take this host's staging area, for a mount. Raises: Busy, StorageError."""
+        states = self._take_states(mountpoint)
+        try:
+            return StagingArea(
+                self.repository,
+                self.catalogue,
+                states,
+                policy,
+                EventLog(self.repository.ambient),
+            )
+        except BaseException:
+            states.close()
+            raise
+
+    def drafts(self) -> list[DraftInfo]:
+        """What is staged on this host and is not, or not wholly, a backup. Raises: StorageError."""
+        mountpoint = self._mountpoint()
+        if mountpoint is not None:
+            return _drafts_of_mount(mountpoint)
+        folder = host_folder(self.repository.folder, self.repository.ambient)
+        states = load_states(folder, self.repository.ids, chunk_size=self.config.chunk_size)
+        return [
+            DraftInfo(
+                name=state.name,
+                volume=volume_of(state.name),
+                state=State.HELD,
+                reason=state.held or "will be looked at by the next mount",
+                size=state.size,
+                changed_at=state.changed_at,
+            )
+            for state in states
+            if state.changed
+        ]
+
+    def publish(self, name: str) -> Record:
+        """Publish what is staged as ``name``, whatever speaks against it.
+
+        Raises: DraftNotFound, NothingToPublish, Busy, StorageError.
+        """
+        mountpoint = self._mountpoint()
+        if mountpoint is not None:
+            self._publish_through_mount(mountpoint, name)
+            self.catalogue.refresh()
+            record = self.catalogue.latest(volume_of(name))
+            if record is None:
+                raise StorageUnavailable(reason="the mount published nothing")
+            return record
+        area = self.open_staging(Policy(publish_on_rename_only=True), mountpoint=None)
+        try:
+            return area.publish_now(name)
+        finally:
+            area.close()
+
+    def _publish_through_mount(self, mountpoint: str, name: str) -> None:
+        path = Path(mountpoint) / "staging" / name
+        try:
+            os.setxattr(path, PUBLISH_ATTRIBUTE, b"1")
+        except FileNotFoundError as error:
+            raise DraftNotFound(name=name) from error
+        except OSError as error:
+            raise StorageUnavailable(reason=f"the mount refused: {error.strerror}") from error
+
+    def _take_states(self, mountpoint: str | None) -> StateStore:
+        return StateStore.open(
+            self.repository.folder,
+            self.repository.ids,
+            chunk_size=self.config.chunk_size,
+            ambient=self.repository.ambient,
+            mountpoint=mountpoint,
+        )
+
+    def _mountpoint(self) -> str | None:
+        """Where this repository is mounted on this host; None where it is not."""
+        found = current_holder(host_folder(self.repository.folder, self.repository.ambient))
+        if found is None:
+            return None
+        if found.mountpoint is None:
+            raise Busy(what="the staging area", holder=f"process {found.process_id}")
+        return found.mountpoint
 
 
-class ImageTarget(Protocol):
-    """Where a restored image is written, from start to end."""
-
-    name: str  # for messages
-
-    def write(self, offset: int, data: Buffer) -> None:
-        """Put ``data`` at ``offset``. Raises: TargetFailed."""
-
-    def write_hole(self, offset: int, size: int) -> None:
-        """Make ``size`` bytes at ``offset`` read as zeros. Raises: TargetFailed."""
-
-    def finish(self, size: int) -> None:
-        """Everything is written: set the final size and make it durable. Raises: TargetFailed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DraftInfo:
-    """Something staged that is not (or not wholly) a backup, and why."""
-
-    name: str  # below staging/
-    volume: str | None  # None for a temporary name
-    state: str  # open, settling, held, publishing, published
-    reason: str  # why it is held or waits; empty otherwise
-    size: int
-    changed_at: datetime | None
+def _at(backups: list[Record], moment: str) -> list[Record]:
+    """The backups that a timestamp, or the start of one, or "latest", stands for."""
+    if moment in ("latest", LATEST_NAME):
+        return backups[-1:]
+    with contextlib.suppress(ValueError):
+        exact = datetime.fromisoformat(moment)
+        if "T" in moment and exact.tzinfo is not None:
+            at = exact.astimezone(UTC).replace(microsecond=0)
+            same = [record for record in backups if record.data_timestamp == at]
+            if same:
+                return same
+    named = [record for record in backups if record.name.removesuffix(".img") == moment]
+    if named:
+        return named
+    plain = moment.removesuffix(".img")
+    return [record for record in backups if plain and record.name.startswith(plain)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RetentionPolicy:
-    """How many backups to keep of each volume, by rule; 0 means that the rule keeps none."""
-
-    last: int = 0
-    hourly: int = 0
-    daily: int = 0
-    weekly: int = 0
-    monthly: int = 0
-    yearly: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PruneReport:
-    kept: Sequence[Record]
-    deleted: Sequence[Record]  # with dry_run: that would be
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GcReport:
-    packs_before: int
-    packs_deleted: int
-    packs_repacked: int
-    bytes_before: int
-    bytes_after: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Damage:
-    """One thing that is wrong, and what it hits."""
-
-    object_name: str  # pack, record…
-    reason: str
-    backup_id: str | None  # None: no backup is hit
-    volume: str | None
-    offset: int | None  # the range of the image that cannot be read
-    size: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyReport:
-    backups_checked: int
-    bytes_checked: int
-    damage: Sequence[Damage]
-    complete: bool  # False with quick: data were looked up, not read
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImportOutcome:
-    record: Record
-    already_there: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RepositoryStats:
-    repository_id: str
-    location: str
-    created_at: datetime
-    chunk_size: int
-    pack_size: int
-    compression_level: int
-    volumes: int
-    backups: int
-    packs: int
-    stored_bytes: int  # size of all packs
-    image_bytes: int  # sum of the sizes of all backups
-    data_bytes: int  # the same without holes
+def _drafts_of_mount(mountpoint: str) -> list[DraftInfo]:
+    try:
+        status = json.loads((Path(mountpoint) / STATUS_PATH).read_text())
+    except (OSError, ValueError) as error:
+        raise StorageUnavailable(reason=f"the mount at {mountpoint!r} does not answer") from error
+    return [
+        DraftInfo(
+            name=item["name"],
+            volume=item["volume"],
+            state=item["state"],
+            reason=item["reason"],
+            size=item["size"],
+            changed_at=datetime.fromisoformat(item["changed_at"]),
+        )
+        for item in status["drafts"]
+    ]

@@ -227,7 +227,7 @@ def show_pairs(record: Record) -> list[tuple[str, str]]:
     ]
     described = record_details(record)["description"].items()
     pairs += [(name, printable(text)) for name, text in described if text is not None]
-    if record.metadata is not None:
+    if record.metadata:
         pairs.append(("metadata", json.dumps(record.metadata)))
     return pairs
 

@@ -67,7 +67,11 @@ def print_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> Non
     for row in rows:
         table.add_row(*map(Text, row))
     width = None if sys.stdout.isatty() else ENDLESS_WIDTH
-    Console(file=sys.stdout, width=width, highlight=False).print(table)
+    console = Console(file=sys.stdout, width=width, highlight=False)
+    with console.capture() as drawn:
+        console.print(table)
+    for line in drawn.get().splitlines():
+        print(line.rstrip())
 
 
 def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:

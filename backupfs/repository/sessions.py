@@ -23,6 +23,7 @@ from backupfs.format import codec
 from backupfs.repository.chunks import Avoided
 from backupfs.repository.images import Root
 from backupfs.storage.base import Storage
+from backupfs.storage.local import LocalStorage
 from backupfs.storage.locks import FileLock, is_held, try_lock
 from backupfs.types import BLOB_ID_SIZE, PACK_ID_SIZE, BlobId, ObjectName, PackId
 
@@ -34,8 +35,6 @@ ACKS_PREFIX = "sessions/acks/"
 PLAN_SIZE_MAX = 64 << 20
 ACK_SIZE_MAX = 16 << 20
 POLL_SECONDS = 0.1
-# A folder changed more recently than this may change again without a new time stamp.
-SETTLED_NS = 2_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,26 +94,24 @@ class Session:
         self,
         *,
         folder: Path,
-        storage: Storage,
+        storage: LocalStorage,
         ambient: Ambient,
         avoided: Avoided,
         refresh: Callable[[], object],
     ) -> None:
         self.session_id = ambient.random_bytes(16).hex()
         self._storage = storage
-        self._ambient = ambient
         self._avoided = avoided
         self._refresh = refresh
         self._held: Counter[Root] = Counter()
-        self._checkpoints: list[Callable[[], Root | None]] = []
+        self._checkpoints: list[Callable[[], set[Root]]] = []
         self._lock = threading.Lock()
         self._acknowledged: frozenset[str] = frozenset()
         lock = try_lock(folder / SESSIONS / self.session_id)
         assert lock is not None, "a random name is nobody else's"
         self._file: FileLock = lock
         self._file.describe(f"process {ambient.process_id()} on {ambient.host_name()}")
-        self._plans_folder = folder / PLANS_PREFIX
-        self._plans_seen: int | None = None
+        self._plans_mark: int | None = None
         # After the lock, before any look-up: a gc either sees us or we see its plan.
         self._follow_plans()
         self._stop = threading.Event()
@@ -150,13 +147,13 @@ class Session:
             if not self._held[root]:
                 del self._held[root]
 
-    def add_checkpoint(self, checkpoint: Callable[[], Root | None]) -> None:
+    def add_checkpoint(self, checkpoint: Callable[[], set[Root]]) -> None:
         """Have ``checkpoint`` called before a plan is acknowledged: it makes durable what its
-        owner has built, and returns the root that then must not be collected."""
+        owner has built, and returns the roots that then must not be collected."""
         with self._lock:
             self._checkpoints.append(checkpoint)
 
-    def remove_checkpoint(self, checkpoint: Callable[[], Root | None]) -> None:
+    def remove_checkpoint(self, checkpoint: Callable[[], set[Root]]) -> None:
         with self._lock:
             self._checkpoints.remove(checkpoint)
 
@@ -168,11 +165,8 @@ class Session:
                 log.exception("gc's plans could not be followed; trying again")
 
     def _follow_plans(self) -> None:
-        try:
-            changed = self._plans_folder.stat().st_mtime_ns
-        except FileNotFoundError:
-            changed = 0
-        if changed == self._plans_seen:
+        mark = self._storage.change_mark(PLANS_PREFIX)
+        if mark is not None and mark == self._plans_mark:
             return
         plans = read_plans(self._storage)
         condemned = frozenset(pack_id for plan in plans for pack_id in plan.condemned)
@@ -185,13 +179,14 @@ class Session:
             self._acknowledge(plan_id)
         self._avoided.packs = condemned
         self._acknowledged = present
-        age_ns = int(self._ambient.now().timestamp() * 1e9) - changed
-        self._plans_seen = changed if age_ns > SETTLED_NS else None
+        self._plans_mark = mark
 
     def _acknowledge(self, plan_id: str) -> None:
         with self._lock:
             checkpoints = list(self._checkpoints)
-        roots = {root for checkpoint in checkpoints if (root := checkpoint()) is not None}
+        roots: set[Root] = set()
+        for checkpoint in checkpoints:
+            roots |= checkpoint()
         with self._lock:
             roots.update(self._held)
         self._storage.put_new(ack_name(self.session_id, plan_id), encode_ack(roots))

@@ -22,6 +22,8 @@ from backupfs.types import Buffer, ObjectName
 OPEN_FILES_MAX = 64
 COMPARE_SIZE = 1 << 20
 TEMPORARY_AGE_MAX = 24 * 3600.0  # seconds after which a temporary file has no living writer
+# A folder changed more recently than this may change again without a new time stamp.
+SETTLED_NS = 2_000_000_000
 
 # Links are refused by some file systems (FAT, some network ones); there a rename must do.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS}
@@ -88,6 +90,20 @@ class LocalStorage:
             except FileNotFoundError:
                 return
             sync_folder(path.parent)
+
+    def change_mark(self, prefix: str) -> int | None:
+        """Equal to an earlier answer only if nothing was put to or deleted from the folder since.
+
+        None: it changed so recently that its time stamp does not tell; look again.
+        """
+        try:
+            changed_ns = (self.folder / prefix).stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            raise storage_error(error) from error
+        age_ns = int(self._ambient.now().timestamp() * 1e9) - changed_ns
+        return changed_ns if age_ns > SETTLED_NS else None
 
     def clean_temporary(self) -> None:
         """Remove temporary files that no living writer can still hold."""
@@ -175,6 +191,25 @@ class LocalStorage:
             else:
                 self._open_files.move_to_end(name)
             return os.dup(file)
+
+
+def replace_file(path: Path, data: Buffer, *, token: str) -> None:
+    """Give a file new content, all or nothing; durable on return. Raises: OSError.
+
+    ``token`` keeps the temporary names of two callers apart.
+    """
+    temporary = path.with_name(f".{path.name}.{token}.tmp")
+    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        write_all(file, data)
+        os.fsync(file)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(file)
+    sync_folder(path.parent)
 
 
 def write_all(file: int, data: Buffer) -> None:

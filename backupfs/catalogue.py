@@ -1,0 +1,159 @@
+"""The volumes and backups that exist, in memory, made from the records.
+
+The records are the truth; ``refresh`` takes in what other processes published or deleted. Those
+who show the catalogue to someone subscribe and are told of every change.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from backupfs.errors import CorruptObject, ObjectNotFound
+from backupfs.format.names import order_of
+from backupfs.format.record import RECORDS_PREFIX, Record
+from backupfs.repository.records import RecordStore
+from backupfs.storage.local import LocalStorage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Backups that came and went."""
+
+    added: tuple[Record, ...] = ()
+    removed: tuple[Record, ...] = ()
+
+
+def _order(record: Record) -> tuple[str, int, str]:
+    return (*order_of(record.name), record.backup_id)
+
+
+class Catalogue:
+    """All backups of one repository by id, and by volume in order of time. Thread-safe."""
+
+    def __init__(self, records: RecordStore, storage: LocalStorage) -> None:
+        self._records = records
+        self._storage = storage
+        self._lock = threading.RLock()
+        self._by_id: dict[str, Record] = {}
+        self._by_volume: dict[str, list[Record]] = {}
+        self._unreadable: dict[str, CorruptObject] = {}
+        self._mark: int | None = None
+        self._subscribers: list[Callable[[Change], None]] = []
+
+    def subscribe(self, callback: Callable[[Change], None]) -> None:
+        """Have ``callback`` called after each change, by whichever thread made it."""
+        self._subscribers.append(callback)
+
+    def refresh(self) -> None:
+        """Take in what other processes did. Raises: StorageError."""
+        mark = self._storage.change_mark(RECORDS_PREFIX)
+        with self._lock:
+            if mark is not None and mark == self._mark:
+                return
+            known = set(self._by_id)
+        listed = self._records.ids()
+        added = [record for backup_id in listed - known if (record := self._read(backup_id))]
+        with self._lock:
+            # Published by this process since the listing: neither known then nor listed.
+            removed = [self._by_id[backup_id] for backup_id in known - listed & set(self._by_id)]
+            for backup_id in set(self._unreadable) - listed:
+                del self._unreadable[backup_id]
+            added = [record for record in added if record.backup_id not in self._by_id]
+            for record in added:
+                self._insert(record)
+            for record in removed:
+                self._remove(record)
+            self._mark = mark
+        self._tell(Change(tuple(added), tuple(removed)))
+
+    def add(self, record: Record) -> None:
+        """A backup was published by this process."""
+        with self._lock:
+            if record.backup_id in self._by_id:
+                return
+            self._insert(record)
+        self._tell(Change(added=(record,)))
+
+    def remove(self, record: Record) -> None:
+        """A backup was deleted by this process."""
+        with self._lock:
+            if record.backup_id not in self._by_id:
+                return
+            self._remove(self._by_id[record.backup_id])
+        self._tell(Change(removed=(record,)))
+
+    def get(self, backup_id: str) -> Record | None:
+        with self._lock:
+            return self._by_id.get(backup_id)
+
+    def all(self) -> list[Record]:
+        """Every backup, by volume, then by time."""
+        with self._lock:
+            return [
+                record for volume in sorted(self._by_volume) for record in self._by_volume[volume]
+            ]
+
+    def ids_starting_with(self, prefix: str) -> list[str]:
+        with self._lock:
+            return [backup_id for backup_id in self._by_id if backup_id.startswith(prefix)]
+
+    def volumes(self) -> list[str]:
+        """Names of the volumes that have backups, sorted."""
+        with self._lock:
+            return sorted(self._by_volume)
+
+    def backups(self, volume: str) -> list[Record]:
+        """A volume's backups, oldest first."""
+        with self._lock:
+            return list(self._by_volume.get(volume, ()))
+
+    def latest(self, volume: str) -> Record | None:
+        with self._lock:
+            backups = self._by_volume.get(volume)
+            return backups[-1] if backups else None
+
+    def by_name(self, volume: str, name: str) -> Record | None:
+        """The backup of ``volume`` whose file is called ``name``."""
+        with self._lock:
+            for record in self._by_volume.get(volume, ()):
+                if record.name == name:
+                    return record
+            return None
+
+    def unreadable(self) -> list[CorruptObject]:
+        """What is wrong with records that could not be read."""
+        with self._lock:
+            return list(self._unreadable.values())
+
+    def _read(self, backup_id: str) -> Record | None:
+        try:
+            return self._records.get(backup_id)
+        except ObjectNotFound:
+            return None  # deleted since it was listed
+        except CorruptObject as error:
+            if backup_id not in self._unreadable:
+                log.error("%s", error)
+            self._unreadable[backup_id] = error
+            return None
+
+    def _insert(self, record: Record) -> None:
+        self._by_id[record.backup_id] = record
+        bisect.insort(self._by_volume.setdefault(record.volume, []), record, key=_order)
+
+    def _remove(self, record: Record) -> None:
+        del self._by_id[record.backup_id]
+        backups = self._by_volume[record.volume]
+        backups.remove(record)
+        if not backups:
+            del self._by_volume[record.volume]
+
+    def _tell(self, change: Change) -> None:
+        if change.added or change.removed:
+            for callback in self._subscribers:
+                callback(change)

@@ -1,0 +1,78 @@
+"""The bytes of one backup, read at any place; every one of them proven."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from backupfs.format.record import Record
+from backupfs.repository.blobs import BlobReader
+from backupfs.repository.images import Root, cached_leaf_ids, leaf_ids
+from backupfs.types import HOLE, BlobId
+
+
+class Image:
+    """Thread-safe; needs no closing."""
+
+    def __init__(self, reader: BlobReader, record: Record) -> None:
+        self._reader = reader
+        self._root = Root(record.root, record.height)
+        self._chunk_size = record.chunk_size
+        self.size = record.size
+
+    def read(self, offset: int, size: int) -> bytes:
+        """``size`` bytes from ``offset``; fewer only at the image's end.
+
+        Raises: DamageError, StorageError.
+        """
+        first, count, start, size = self._range(offset, size)
+        if not size:
+            return b""
+        chunks = self._reader.chunks(self.chunk_ids(first, count))
+        return _slice(chunks, start, size)
+
+    def read_cached(self, offset: int, size: int) -> bytes | None:
+        """The same if all of it is in memory, or None. Never waits."""
+        first, count, start, size = self._range(offset, size)
+        if not size:
+            return b""
+        ids = cached_leaf_ids(self._reader, self._root, first, count)
+        if ids is None:
+            return None
+        chunks = []
+        for blob_id in ids:
+            chunk = self._reader.cached_chunk(blob_id)
+            if chunk is None:
+                return None
+            chunks.append(chunk)
+        return _slice(chunks, start, size)
+
+    def chunk_ids(self, first: int, count: int) -> list[BlobId]:
+        """Ids of chunks, for reading ahead. Raises: DamageError, StorageError."""
+        return leaf_ids(self._reader, self._root, first, count)
+
+    def extents(self, offset: int, size: int) -> Iterator[tuple[int, bytes | None, int]]:
+        """(offset, data or None for a hole, size) in order, covering a range that begins at a
+        multiple of the chunk size. Raises: DamageError, StorageError."""
+        first, count, _start, size = self._range(offset, size)
+        end = offset + size
+        ids = self.chunk_ids(first, count)
+        chunks = iter(self._reader.chunks([blob_id for blob_id in ids if blob_id != HOLE]))
+        for place, blob_id in enumerate(ids):
+            start = (first + place) * self._chunk_size
+            length = min(self._chunk_size, end - start)
+            data = None if blob_id == HOLE else next(chunks)[:length]
+            yield start, data, length
+
+    def _range(self, offset: int, size: int) -> tuple[int, int, int, int]:
+        """First chunk, count of chunks, offset within them, and size cut to the image."""
+        size = max(0, min(size, self.size - offset))
+        first = offset // self._chunk_size
+        count = (offset + size - 1) // self._chunk_size - first + 1 if size else 0
+        return first, count, offset - first * self._chunk_size, size
+
+
+def _slice(chunks: list[bytes], start: int, size: int) -> bytes:
+    if len(chunks) == 1:
+        return chunks[0][start : start + size]
+    whole = b"".join(chunks)
+    return whole if len(whole) == size else whole[start : start + size]

@@ -1,0 +1,57 @@
+"""Which backups a retention rule keeps (pure).
+
+As restic, Borg and Kopia count: each rule keeps the newest backup of each of the last N periods that
+have one; a backup kept by any rule stays. Periods are those of UTC; weeks are ISO weeks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from backupfs.format.record import Record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetentionPolicy:
+    """How many backups to keep of each volume, by rule; 0 means that the rule keeps none."""
+
+    last: int = 0
+    hourly: int = 0
+    daily: int = 0
+    weekly: int = 0
+    monthly: int = 0
+    yearly: int = 0
+
+
+def _week(moment: datetime) -> str:
+    year, week, _day = moment.isocalendar()
+    return f"{year}-{week}"
+
+
+_PERIODS: tuple[tuple[str, Callable[[datetime], str]], ...] = (
+    ("hourly", lambda moment: moment.strftime("%Y-%m-%d %H")),
+    ("daily", lambda moment: moment.strftime("%Y-%m-%d")),
+    ("weekly", _week),
+    ("monthly", lambda moment: moment.strftime("%Y-%m")),
+    ("yearly", lambda moment: moment.strftime("%Y")),
+)
+
+
+def kept_ids(backups: Sequence[Record], policy: RetentionPolicy) -> set[str]:
+    """Ids that ``policy`` keeps of one volume's backups, given oldest first."""
+    newest_first = list(reversed(backups))
+    kept = {record.backup_id for record in newest_first[: policy.last]}
+    for rule, period_of in _PERIODS:
+        count = getattr(policy, rule)
+        periods: set[str] = set()
+        for record in newest_first:
+            period = period_of(record.data_timestamp)
+            if period in periods:
+                continue
+            if len(periods) == count:
+                break
+            periods.add(period)
+            kept.add(record.backup_id)
+    return kept

@@ -1,0 +1,487 @@
+"""The staging area: what is staged under which name, and what becomes of it.
+
+Every method may wait for I/O unless it says otherwise, so the event loop calls them from threads;
+it reads names and attributes directly. One lock guards the names and is held for their changes;
+each staged file has a lock of its own, held over its flush, publish and rename. Where both are
+needed, the file's comes first.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+
+from backupfs.catalogue import Catalogue
+from backupfs.errors import (
+    BackupfsError,
+    DraftNotFound,
+    InvalidName,
+    NameTaken,
+    NothingToPublish,
+    StorageError,
+)
+from backupfs.format.names import PART_SIZE_MAX, check_volume_name, volume_of
+from backupfs.format.record import Record
+from backupfs.repository.images import Root
+from backupfs.repository.repository import Repository
+from backupfs.staging.draft import NO_CONTENT, Content, Draft
+from backupfs.staging.events import EventLog
+from backupfs.staging.lifecycle import Policy, State, decide, is_rsync_temporary
+from backupfs.staging.publish import Publication, publish
+from backupfs.staging.staged_file import StagedFile, root_of
+from backupfs.staging.state_store import StateStore
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class WriteHandle:
+    """One open-for-writing of a staged file."""
+
+    staged: StagedFile
+    ends_sized: bool = (
+        False  # its last change of data was setting the size: rsync and scp finish so
+    )
+
+
+class StagingArea:
+    """This host's staged files of one repository. Thread-safe."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        catalogue: Catalogue,
+        states: StateStore,
+        policy: Policy,
+        events: EventLog,
+    ) -> None:
+        self._repository = repository
+        self._catalogue = catalogue
+        self._states = states
+        self._policy = policy
+        self._ambient = repository.ambient
+        self.events = events
+        self._writer = repository.writer()
+        self._lock = threading.RLock()
+        self._files: dict[str, StagedFile] = {}
+        self._folders: set[str] = states.load_folders()
+        self._writer.session.add_checkpoint(self._checkpoint_all)
+        self._recover()
+
+    def close(self) -> None:
+        """Make durable what is being written, and leave. Nothing is published any more."""
+        for staged in self.files():
+            with staged.lock:
+                try:
+                    if staged.draft.is_dirty:
+                        self._persist(staged)
+                except BackupfsError as error:
+                    self.events.add("could not keep", staged.name, str(error))
+        self._writer.session.remove_checkpoint(self._checkpoint_all)
+        self._states.close()
+
+    # -- what is there; never waits ----------------------------------------------------------------
+
+    def find(self, name: str) -> StagedFile | None:
+        return self._files.get(name)
+
+    def files(self) -> list[StagedFile]:
+        return list(self._files.values())
+
+    def is_folder(self, path: str) -> bool:
+        return not path or path in self._folders
+
+    def folders(self) -> set[str]:
+        return set(self._folders)
+
+    # -- names -------------------------------------------------------------------------------------
+
+    def create(self, name: str, *, mode: int, uid: int, gid: int) -> WriteHandle:
+        """Stage a new, empty file under ``name`` and open it for writing.
+
+        Raises: InvalidName, NameTaken.
+        """
+        draft = self._new_draft(NO_CONTENT)
+        staged = StagedFile(
+            draft_id=self._ambient.random_bytes(16).hex(),
+            name=name,
+            draft=draft,
+            next_id=self._ambient.new_uuid(),
+            changed_at=self._ambient.now(),
+        )
+        staged.mode, staged.uid, staged.gid = mode & 0o7777, uid, gid
+        staged.changed = True
+        with self._lock:
+            self._check_name(name, but=None)
+            staged.writers = 1
+            self._files[name] = staged
+        return WriteHandle(staged)
+
+    def unlink(self, name: str) -> None:
+        """Forget what is staged; its backups stay. Raises: DraftNotFound, StorageError."""
+        staged = self._must_find(name)
+        with staged.lock, self._lock:
+            self._forget(staged)
+        self.events.add("forgot", name)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a staged file another name, replacing what is staged there; may publish it.
+
+        Raises: DraftNotFound, InvalidName, NameTaken, StorageError.
+        """
+        staged = self._must_find(old)
+        if old == new:
+            return
+        with staged.lock:
+            volume = staged.volume
+            with self._lock:
+                self._check_name(new, but=old)
+                replaced = self._files.get(new)
+                staged.left_partial |= self._is_left_partial(staged, old)
+                staged.name = new
+                staged.renamed = True
+                if staged.volume != volume and (staged.size or staged.written):
+                    staged.changed = True
+                self._save(staged)
+                del self._files[old]
+                self._files[new] = staged
+                if replaced is not None:
+                    replaced.unlinked = True
+                    self._states.remove(replaced.draft_id)
+            self._decide(staged)
+
+    def make_folder(self, path: str) -> None:
+        """Raises: InvalidName, StorageError."""
+        with self._lock:
+            problem = check_volume_name(path)
+            if problem:
+                raise InvalidName(name=path, reason=problem)
+            self._states.save_folders(self._folders | {path})
+            self._folders.add(path)
+
+    def remove_folder(self, path: str) -> None:
+        """Remove an empty folder. Raises: StorageError."""
+        with self._lock:
+            self._states.save_folders(self._folders - {path})
+            self._folders.discard(path)
+
+    def is_empty_folder(self, path: str) -> bool:
+        prefix = f"{path}/"
+        return not any(name.startswith(prefix) for name in (*self._files, *self._folders))
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def open_write(self, staged: StagedFile, *, truncate: bool) -> WriteHandle:
+        """Open for writing; with ``truncate`` the content goes. Raises: BackupfsError."""
+        with staged.lock:
+            if truncate:
+                self._clear(staged)
+            staged.writers += 1
+            staged.state, staged.settle_at = State.OPEN, None
+        return WriteHandle(staged)
+
+    def note_write(self, handle: WriteHandle) -> None:
+        """The content is about to change through ``handle``. Quick, but for the first time after a
+        flush (see ``is_marked``), when a file is written."""
+        staged = handle.staged
+        if not staged.is_marked:
+            self._states.mark_writing(staged.draft_id, staged.sequence)
+            staged.is_marked = True
+        staged.content_changed(self._ambient.now())
+        staged.written = True
+        handle.ends_sized = False
+
+    def truncate(self, staged: StagedFile, size: int, handle: WriteHandle | None) -> None:
+        """Set the size, through a handle or by name. Raises: BackupfsError."""
+        with staged.lock:
+            if handle is not None:
+                handle.ends_sized = True
+            if size == staged.size:
+                return
+            if not staged.is_marked:
+                self._states.mark_writing(staged.draft_id, staged.sequence)
+                staged.is_marked = True
+            if size:
+                staged.draft.truncate(size)
+                staged.content_changed(self._ambient.now())
+            else:
+                self._clear(staged)
+            if handle is None and not staged.writers:
+                self._flush(staged, interrupted=False)
+                self._decide(staged)
+
+    def flush(self, handle: WriteHandle, *, interrupted: bool) -> None:
+        """What close(2) waits for: all written so far is durable, with the file's own state.
+
+        ``interrupted``: whoever opened it was killed. Raises: BackupfsError.
+        """
+        staged = handle.staged
+        with staged.lock:
+            if handle.ends_sized and not interrupted:
+                staged.interrupted = staged.left_partial = False
+            self._flush(staged, interrupted=interrupted)
+
+    def sync(self, handle: WriteHandle) -> None:
+        """What fsync(2) waits for. The copy goes on: this is no close. Raises: BackupfsError."""
+        with handle.staged.lock:
+            self._persist(handle.staged)
+
+    def release(self, handle: WriteHandle, *, interrupted: bool) -> None:
+        """The handle is gone; the last one's release may publish. Keeps its errors to itself."""
+        staged = handle.staged
+        with staged.lock:
+            staged.writers -= 1
+            staged.interrupted |= interrupted
+            if staged.writers or staged.unlinked:
+                return
+            if staged.draft.error is not None:
+                staged.failure = str(staged.draft.error)
+                staged.draft.forgive()
+            try:
+                # A writer through mmap may change pages after its last close.
+                if staged.draft.is_dirty or staged.is_marked or not staged.is_saved:
+                    self._flush(staged, interrupted=staged.interrupted)
+                self._decide(staged)
+            except BackupfsError as error:
+                self._hold(staged, f"publishing failed: {error}")
+
+    def set_attributes(
+        self,
+        staged: StagedFile,
+        *,
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        mtime_ns: int | None = None,
+    ) -> None:
+        """What chmod, chown and utimens set; also accepted after publishing. Raises: StorageError."""
+        with staged.lock:
+            if mode is not None:
+                staged.mode = mode & 0o7777
+            if uid is not None:
+                staged.uid = uid
+            if gid is not None:
+                staged.gid = gid
+            if mtime_ns is not None:
+                staged.mtime_ns, staged.mtime_given = mtime_ns, True
+            if staged.is_saved and not staged.writers and not staged.unlinked:
+                self._save(staged)
+
+    # -- publishing --------------------------------------------------------------------------------
+
+    def publish_now(self, name: str) -> Record:
+        """Publish what is staged, whatever speaks against it.
+
+        Raises: DraftNotFound, NothingToPublish, BackupfsError.
+        """
+        staged = self._must_find(name)
+        with staged.lock:
+            if staged.volume is None:
+                raise InvalidName(name=name, reason="a temporary name; rename it first")
+            self._flush(staged, interrupted=False)
+            record = self._decide(staged, explicit=True)
+            if record is None:
+                raise NothingToPublish(name=name)
+            return record
+
+    def tick(self) -> None:
+        """Publish what has settled; called now and then."""
+        now = self._ambient.monotonic()
+        for staged in self.files():
+            if staged.settle_at is None or staged.settle_at > now:
+                continue
+            with staged.lock:
+                if staged.state is not State.SETTLING or staged.unlinked:
+                    continue
+                try:
+                    self._decide(staged, settled=True)
+                except BackupfsError as error:
+                    self._hold(staged, f"publishing failed: {error}")
+
+    def _decide(
+        self, staged: StagedFile, *, settled: bool = False, explicit: bool = False
+    ) -> Record | None:
+        volume = staged.volume
+        latest = self._catalogue.latest(volume) if volume else None
+        facts = staged.facts(
+            latest_size=latest.size if latest else None, settled=settled, explicit=explicit
+        )
+        decision = decide(facts, self._policy)
+        before = staged.state
+        staged.state, staged.reason, staged.settle_at = decision.state, decision.reason, None
+        if decision.state is State.PUBLISHING:
+            return self._publish(staged)
+        if decision.state is State.SETTLING:
+            staged.settle_at = self._ambient.monotonic() + self._policy.settle_seconds
+        if decision.state is State.HELD:
+            self._save(staged)
+            if before is not State.HELD:
+                self.events.add("held", staged.name, decision.reason)
+        return None
+
+    def _publish(self, staged: StagedFile) -> Record:
+        assert staged.volume is not None
+        metadata = self._repository.metadata.get(staged.volume) or None
+        content = staged.draft.saved
+        with self._writer.session.holding(content.root):
+            record = publish(
+                self._repository,
+                self._catalogue,
+                content,
+                Publication(
+                    volume=staged.volume,
+                    backup_id=staged.next_id,
+                    data_timestamp=self._ambient.now(),
+                    source_mtime_ns=staged.mtime_ns if staged.mtime_given else None,
+                    source_mode=staged.mode,
+                    stored_bytes=staged.stored_bytes,
+                    metadata=metadata,
+                ),
+            )
+        staged.became_backup(record.backup_id, self._ambient.new_uuid())
+        self._save(staged)
+        self.events.add("published", staged.name, f"{record.backup_id} as {record.name}")
+        return record
+
+    def _hold(self, staged: StagedFile, reason: str) -> None:
+        staged.state, staged.reason, staged.settle_at = State.HELD, reason, None
+        self.events.add("held", staged.name, reason)
+        try:
+            self._save(staged)
+        except StorageError as error:
+            self.events.add("could not keep the state of", staged.name, str(error))
+
+    # -- durability --------------------------------------------------------------------------------
+
+    def _flush(self, staged: StagedFile, *, interrupted: bool) -> None:
+        """A writer is done, as far as it is concerned: from here on a crash publishes or holds."""
+        staged.interrupted |= interrupted
+        if not staged.draft.is_dirty and staged.is_saved and not staged.is_marked:
+            if interrupted:
+                self._save(staged)
+            return
+        staged.sequence += 1
+        self._persist(staged)
+        if staged.is_marked:
+            self._states.unmark_writing(staged.draft_id)
+            staged.is_marked = False
+
+    def _persist(self, staged: StagedFile) -> None:
+        if staged.draft.error is not None:
+            raise staged.draft.error
+        try:
+            staged.draft.checkpoint()
+        except BackupfsError as error:
+            staged.failure = str(error)
+            self.events.add("lost a write to", staged.name, str(error))
+            raise
+        staged.stored_bytes += staged.draft.take_added_size()
+        self._save(staged)
+
+    def _save(self, staged: StagedFile) -> None:
+        if not staged.unlinked:
+            self._states.save(staged.to_state(staged.draft.saved))
+            staged.is_saved = True
+
+    def _checkpoint_all(self) -> set[Root]:
+        """For gc: nothing that was built so far may be known to memory only."""
+        roots = set()
+        for staged in self.files():
+            try:
+                content = staged.draft.checkpoint()
+            except BackupfsError as error:
+                staged.failure = str(error)
+                content = staged.draft.saved
+            roots.add(content.root)
+        return roots
+
+    def _clear(self, staged: StagedFile) -> None:
+        staged.draft.clear()
+        staged.written = staged.interrupted = staged.left_partial = False
+        staged.failure = ""
+        staged.content_changed(self._ambient.now())
+
+    # -- start -------------------------------------------------------------------------------------
+
+    def _recover(self) -> None:
+        """Take up what an earlier daemon left: publish what was complete, hold the rest."""
+        for state in sorted(self._states.load_all(), key=lambda state: state.changed_at):
+            staged = StagedFile.from_state(
+                state,
+                self._new_draft(
+                    Content(root=root_of(state), size=state.size, data_count=state.data_count)
+                ),
+            )
+            self._place(staged)
+        for staged in self.files():
+            with staged.lock:
+                try:
+                    self._take_up(staged)
+                except BackupfsError as error:
+                    self._hold(staged, f"publishing failed: {error}")
+
+    def _place(self, staged: StagedFile) -> None:
+        """Two states of one name: a rename was cut short, and the newer has replaced the older."""
+        older = self._files.pop(staged.name, None)
+        self._files[staged.name] = staged
+        if older is None:
+            return
+        if not older.changed:
+            self._states.remove(older.draft_id)
+            return
+        older.name = f"{older.name}.replaced-{older.draft_id[:6]}.part"
+        self._files[older.name] = older
+        self._save(older)
+
+    def _take_up(self, staged: StagedFile) -> None:
+        published = self._catalogue.get(staged.next_id)
+        if published is not None and published.root == staged.draft.saved.root.root:
+            staged.became_backup(published.backup_id, self._ambient.new_uuid())
+            self._save(staged)
+        elif self._states.was_writing(staged.draft_id, staged.sequence):
+            staged.changed = staged.interrupted = True
+            self._hold(staged, "backupfs ended while it was being written")
+        elif staged.changed:
+            staged.renamed = True  # a name it had when it was flushed is the name it was to have
+            self._decide(staged)
+
+    # -- helpers -----------------------------------------------------------------------------------
+
+    def _new_draft(self, content: Content) -> Draft:
+        return Draft(
+            reader=self._repository.reader,
+            store=self._writer.store,
+            workers=self._writer.workers,
+            credit=self._writer.credit,
+            content=content,
+        )
+
+    def _must_find(self, name: str) -> StagedFile:
+        staged = self._files.get(name)
+        if staged is None:
+            raise DraftNotFound(name=name)
+        return staged
+
+    def _check_name(self, name: str, *, but: str | None) -> None:
+        volume = volume_of(name)
+        problem = check_volume_name(volume)
+        if len(name.rpartition("/")[2].encode("utf-8", "replace")) > PART_SIZE_MAX:
+            problem = f"it is longer than {PART_SIZE_MAX} bytes"
+        if problem:
+            raise InvalidName(name=name, reason=problem)
+        for other in self.files():
+            if other.name not in (name, but) and other.volume == volume:
+                raise NameTaken(volume=volume, staged=other.name)
+
+    def _forget(self, staged: StagedFile) -> None:
+        staged.unlinked = True
+        if self._files.get(staged.name) is staged:
+            del self._files[staged.name]
+        self._states.remove(staged.draft_id)
+
+    @staticmethod
+    def _is_left_partial(staged: StagedFile, old: str) -> bool:
+        """rsync gives what it keeps of an interrupted transfer the time 0 before it renames it."""
+        name = old.rpartition("/")[2]
+        return is_rsync_temporary(name) and staged.mtime_given and staged.mtime_ns == 0

@@ -1,0 +1,117 @@
+"""Makes a backup of content that is durable: builds its record and writes it.
+
+The record is the commit: before it exists there is no backup, once it exists the backup is
+complete. A short lock per repository keeps two publishers from choosing one name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from backupfs.catalogue import Catalogue
+from backupfs.errors import BackupExists, LockTimeout
+from backupfs.format.names import backup_name
+from backupfs.format.record import KIND_FULL, KIND_INCREMENTAL, Description, Record
+from backupfs.repository.repository import Repository
+from backupfs.staging.draft import Content
+from backupfs.storage.locks import holder, try_lock
+
+LOCK_SECONDS_MAX = 60.0
+LOCK_POLL_SECONDS = 0.005
+
+# Stands for the volume's latest backup where a parent is asked for.
+LATEST = "latest"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """What a new backup is to be, beside its content."""
+
+    volume: str
+    parent: str | None = LATEST  # LATEST, the id of a backup, or None for a full one
+    backup_id: str
+    data_timestamp: datetime
+    source_mtime_ns: int | None = None
+    source_mode: int | None = None
+    stored_bytes: int
+    metadata: dict[str, Any] | None = None
+    description: Description = field(default_factory=Description)
+
+
+def publish(
+    repository: Repository, catalogue: Catalogue, content: Content, publication: Publication
+) -> Record:
+    """Make the backup; it exists and survives a power cut when this returns.
+
+    Raises:
+        BackupExists: the id is taken by a backup with other content.
+        LockTimeout, StorageError: there is no backup.
+    """
+    ambient = repository.ambient
+    with _publishing(repository):
+        catalogue.refresh()
+        earlier = catalogue.get(publication.backup_id)
+        if earlier is not None:
+            if earlier.root == content.root.root and earlier.size == content.size:
+                return earlier
+            raise BackupExists(backup_id=publication.backup_id)
+        parent = _parent(catalogue, publication, content.size)
+        volume = publication.volume
+        moment = publication.data_timestamp.replace(microsecond=0)
+        taken = {record.name for record in catalogue.backups(volume)}
+        record = Record(
+            backup_id=publication.backup_id,
+            repository_id=repository.config.repository_id,
+            volume=volume,
+            name=backup_name(moment, taken),
+            size=content.size,
+            chunk_size=repository.config.chunk_size,
+            root=content.root.root,
+            height=content.root.height,
+            kind=KIND_INCREMENTAL if parent else KIND_FULL,
+            parent_id=parent.backup_id if parent else None,
+            created_at=ambient.now(),
+            data_timestamp=moment,
+            source_mtime_ns=publication.source_mtime_ns,
+            source_mode=publication.source_mode,
+            data_size=content.data_count * repository.config.chunk_size,
+            stored_bytes=publication.stored_bytes,
+            host=ambient.host_name(),
+            metadata=publication.metadata,
+            description=publication.description,
+        )
+        repository.records.put(record)
+    catalogue.add(record)
+    return record
+
+
+def _parent(catalogue: Catalogue, publication: Publication, size: int) -> Record | None:
+    """The backup the new one is taken over; one of another size, or gone, is none."""
+    if publication.parent is None:
+        return None
+    if publication.parent == LATEST:
+        parent = catalogue.latest(publication.volume)
+    else:
+        parent = catalogue.get(publication.parent)
+    return parent if parent is not None and parent.size == size else None
+
+
+@contextlib.contextmanager
+def _publishing(repository: Repository) -> Iterator[None]:
+    ambient = repository.ambient
+    path = repository.folder / "locks" / "publish"
+    started = ambient.monotonic()
+    while (lock := try_lock(path)) is None:
+        if ambient.monotonic() - started > LOCK_SECONDS_MAX:
+            raise LockTimeout(
+                seconds=LOCK_SECONDS_MAX, what="publishing a backup", holder=holder(path)
+            )
+        ambient.sleep(LOCK_POLL_SECONDS)
+    try:
+        yield
+    finally:
+        lock.release()

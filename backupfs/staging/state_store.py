@@ -1,0 +1,182 @@
+"""Keeps the durable state of drafts in a folder of this host, one small file each.
+
+A draft's state is written at each checkpoint; a marker file beside it says that writing went on
+after the checkpoint, and survives the death of the daemon. One process at a time holds the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from backupfs.ambient import Ambient
+from backupfs.errors import Busy, CorruptObject
+from backupfs.format import codec
+from backupfs.format.draft_state import (
+    STATE_SIZE_MAX,
+    DraftState,
+    decode_draft_state,
+    encode_draft_state,
+)
+from backupfs.format.ids import IdScheme
+from backupfs.repository.marking import DRAFT_SUFFIX, DRAFTS
+from backupfs.storage.local import replace_file, sync_folder
+from backupfs.storage.locks import FileLock, holder, is_held, try_lock
+from backupfs.storage.oserrors import translated
+
+log = logging.getLogger(__name__)
+
+WRITING_SUFFIX = ".writing"
+FOLDERS_NAME = "folders"
+FOLDERS_SIZE_MAX = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds the folder of drafts."""
+
+    process_id: int
+    mountpoint: str | None
+
+
+class StateStore:
+    """The states of this host's drafts of one repository."""
+
+    def __init__(
+        self, folder: Path, lock: FileLock, ids: IdScheme, *, chunk_size: int, ambient: Ambient
+    ) -> None:
+        self._folder = folder
+        self._lock = lock
+        self._ids = ids
+        self._chunk_size = chunk_size
+        self._ambient = ambient
+
+    @classmethod
+    def open(
+        cls,
+        repository_folder: Path,
+        ids: IdScheme,
+        *,
+        chunk_size: int,
+        ambient: Ambient,
+        mountpoint: str | None,
+    ) -> StateStore:
+        """Take the folder of this host's drafts. Raises: Busy, StorageError."""
+        folder = host_folder(repository_folder, ambient)
+        lock = try_lock(folder / "lock")
+        if lock is None:
+            raise Busy(what="the staging area", holder=_describe(current_holder(folder)))
+        lock.describe(json.dumps({"pid": ambient.process_id(), "mountpoint": mountpoint}))
+        return cls(folder, lock, ids, chunk_size=chunk_size, ambient=ambient)
+
+    def close(self) -> None:
+        self._lock.release()
+
+    def save(self, state: DraftState) -> None:
+        """Keep a draft's state; durable on return. Raises: StorageError."""
+        with translated():
+            replace_file(
+                self._path(state.draft_id),
+                encode_draft_state(state, self._ids),
+                token=self._ambient.random_bytes(8).hex(),
+            )
+
+    def remove(self, draft_id: str) -> None:
+        """Forget a draft; durable on return. Raises: StorageError."""
+        with translated():
+            self._writing_path(draft_id).unlink(missing_ok=True)
+            self._path(draft_id).unlink(missing_ok=True)
+            sync_folder(self._folder)
+
+    def mark_writing(self, draft_id: str, sequence: int) -> None:
+        """Note that a draft changes after its flush ``sequence``.
+
+        Not synced: it is for the death of the daemon. What a crash of the host loses of it was
+        not acknowledged to any writer.
+        """
+        with translated():
+            self._writing_path(draft_id).write_text(str(sequence))
+
+    def unmark_writing(self, draft_id: str) -> None:
+        with translated():
+            self._writing_path(draft_id).unlink(missing_ok=True)
+
+    def was_writing(self, draft_id: str, sequence: int) -> bool:
+        """Whether writing went on after flush ``sequence``."""
+        try:
+            return int(self._writing_path(draft_id).read_text()) >= sequence
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError):
+            return True  # cannot tell: hold it
+
+    def load_all(self) -> list[DraftState]:
+        """Every readable state. What cannot be read is left in place and reported in the log."""
+        return load_states(self._folder, self._ids, chunk_size=self._chunk_size)
+
+    def save_folders(self, folders: set[str]) -> None:
+        """Keep the sub-folders of ``staging/``; durable on return. Raises: StorageError."""
+        with translated():
+            replace_file(
+                self._folder / FOLDERS_NAME,
+                codec.encode({"version": 1, "folders": sorted(folders)}),
+                token=self._ambient.random_bytes(8).hex(),
+            )
+
+    def load_folders(self) -> set[str]:
+        path = self._folder / FOLDERS_NAME
+        try:
+            fields = codec.Fields(codec.decode(path.read_bytes(), size_max=FOLDERS_SIZE_MAX))
+            return {str(item) for item in fields.sequence("folders", length_max=1 << 20)}
+        except FileNotFoundError:
+            return set()
+        except (OSError, codec.UndecodableError) as error:
+            log.error("the list of staged folders is lost: %s", error)
+            return set()
+
+    def _path(self, draft_id: str) -> Path:
+        return self._folder / f"{draft_id}{DRAFT_SUFFIX}"
+
+    def _writing_path(self, draft_id: str) -> Path:
+        return self._folder / f"{draft_id}{WRITING_SUFFIX}"
+
+
+def host_folder(repository_folder: Path, ambient: Ambient) -> Path:
+    """Where this host keeps its drafts of a repository, beside it."""
+    host = re.sub(r"[^A-Za-z0-9._-]", "_", ambient.host_name()).lstrip(".") or "host"
+    return repository_folder / DRAFTS / host
+
+
+def load_states(folder: Path, ids: IdScheme, *, chunk_size: int) -> list[DraftState]:
+    """The readable states in ``folder``; needs no lock."""
+    states = []
+    for path in sorted(folder.glob(f"*{DRAFT_SUFFIX}")):
+        try:
+            with path.open("rb") as file:
+                data = file.read(STATE_SIZE_MAX + 1)
+            states.append(decode_draft_state(data, path.name, ids, chunk_size=chunk_size))
+        except (OSError, CorruptObject) as error:
+            log.error("a draft cannot be read: %s", error)
+    return states
+
+
+def current_holder(folder: Path) -> Holder | None:
+    """Who holds the drafts in ``folder`` now; None where nobody does."""
+    path = folder / "lock"
+    if not is_held(path):
+        return None
+    try:
+        value = json.loads(holder(path))
+        return Holder(int(value["pid"]), value["mountpoint"])
+    except (ValueError, KeyError, TypeError):
+        return Holder(0, None)
+
+
+def _describe(found: Holder | None) -> str:
+    if found is None or not found.process_id:
+        return "another process"
+    where = f", mounted at {found.mountpoint!r}" if found.mountpoint else ""
+    return f"process {found.process_id}{where}"
