@@ -253,6 +253,7 @@ class HostTarget(ABC):
 
     def __init__(self, descriptor: int, *, name: str) -> None:
         self.name = name
+        self.is_partial = False  # something was overwritten, and the image is not whole
         self._descriptor = descriptor
 
     def write(self, offset: int, data: Buffer) -> None:
@@ -368,6 +369,10 @@ class DeviceTarget(HostTarget):
             os.close(descriptor)
             raise
 
+    def write(self, offset: int, data: Buffer) -> None:
+        self.is_partial = True
+        super().write(offset, data)
+
     def write_hole(self, offset: int, size: int) -> None:
         zeros = bytes(min(size, READ_SIZE))
         end = offset + size
@@ -379,6 +384,7 @@ class DeviceTarget(HostTarget):
     def finish(self, size: int) -> None:
         with _failing_as(TargetFailed, self.name):
             os.fsync(self._descriptor)
+        self.is_partial = False
 
     def _check(self, size: int) -> None:
         if not stat.S_ISBLK(os.fstat(self._descriptor).st_mode):
@@ -414,8 +420,13 @@ def open_target(
 
 
 def _sync_folder(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Make the names in a folder durable, where we may read it and its file system can do that."""
+    with suppress(PermissionError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+        finally:
+            os.close(descriptor)

@@ -139,12 +139,13 @@ def restore_command(repo: str, backup: str, dest: str, force: bool, is_json: boo
     """
     with cancellable() as cancelled, Service.open(repo) as service:
         record = service.resolve(backup)
-        # The target outside, so that the bar is gone before a failed one is cleaned up.
-        with (
-            open_target(dest, size=record.size, force=force, mode=record.source_mode) as target,
-            output.progress(label(record), total=record.size) as progress,
-        ):
-            service.restore(record, target, progress=progress, cancelled=cancelled)
+        target = open_target(dest, size=record.size, force=force, mode=record.source_mode)
+        try:
+            with target, output.progress(label(record), total=record.size) as progress:
+                service.restore(record, target, progress=progress, cancelled=cancelled)
+        finally:
+            if target.is_partial:
+                output.report(f"warning: {dest!r} is overwritten in part and holds no whole image")
     if is_json:
         output.print_json(record_summary(record) | {"target": dest})
     else:

@@ -130,7 +130,8 @@ def main(words: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else words
     output.prepare()
     try:
-        code = run(words)
+        with output.reported_log():
+            code = run(words)
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         # Any exception: nothing is above us, and nobody is helped by a traceback they did not want.

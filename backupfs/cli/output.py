@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -83,6 +84,25 @@ def report(text: str) -> None:
     """One line to stderr about something that went wrong; cannot fail."""
     with suppress(OSError, ValueError):
         print(f"backupfs: {escaped(text)}", file=sys.stderr, flush=True)
+
+
+class ReportingHandler(logging.Handler):
+    """Shows what the engine logs about trouble that does not end the command."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        report(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+@contextmanager
+def reported_log() -> Iterator[None]:
+    """Report warnings and worse of the engine while the block runs."""
+    handler = ReportingHandler(logging.WARNING)
+    logger = logging.getLogger("backupfs")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def settle() -> None:

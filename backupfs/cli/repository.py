@@ -140,10 +140,10 @@ def verify_command(repo: str, backups: tuple[str, ...], quick: bool, is_json: bo
 
 
 def damage_line(damage: Damage, names: dict[str, str]) -> str:
-    """One thing that is wrong, beginning with what it hits."""
+    """One thing that is wrong, beginning with the backup that it hits, if that is known."""
     what = f"{printable(damage.object_name)}: {printable(damage.reason)}"
     if damage.backup_id is None:
-        return f"no backup is hit: {what}"
+        return what
     volume = printable(damage.volume or "?")
     stamp = names.get(damage.backup_id, "?").removesuffix(".img")
     place = ""
@@ -160,4 +160,4 @@ def verify_summary(found: VerifyReport) -> str:
     if not found.damage:
         return f"{how}: no damage"
     hit = len({damage.backup_id for damage in found.damage} - {None})
-    return f"{how}: {counted(hit, 'backup')} damaged"
+    return f"{how}: damage in {counted(len(found.damage), 'place')}, {counted(hit, 'backup')} hit"

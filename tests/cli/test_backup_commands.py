@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import MIB, Run, damage_data
 
-from backupfs.hostfiles import FileTarget
+from backupfs.hostfiles import DeviceTarget, FileTarget
 
 COMMAND = [sys.executable, "-m", "backupfs.cli.main"]
 
@@ -314,29 +315,57 @@ def test_second_signal_ends_at_once_and_leaves_nothing(
     assert os.listdir(folder) == []
 
 
-@pytest.mark.tools
-def test_device_is_restored_in_full_and_backed_up_again(
-    run: Run, repo: Path, image: Path, backup: dict[str, Any], tmp_path: Path
-) -> None:
-    disk = tmp_path / "disk"
-    disk.write_bytes(b"\xff" * (8 * MIB))
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """What lies below ``device``: 8 MiB of ones."""
+    path = tmp_path / "disk"
+    path.write_bytes(b"\xff" * (8 * MIB))
+    return path
+
+
+@pytest.fixture
+def device(disk: Path) -> Iterator[str]:
+    """A loop device."""
     made = subprocess.run(
         ["losetup", "--find", "--show", disk], capture_output=True, text=True, check=False
     )
     if made.returncode:
         pytest.skip(f"needs loop devices, and losetup says: {made.stderr}")
-    device = made.stdout.strip()
+    yield made.stdout.strip()
+    subprocess.run(["losetup", "--detach", made.stdout.strip()], check=True)
 
-    try:
-        restored = run("restore", repo, "vm@latest", device)
-        again = run("backup", repo, device, "--volume", "vm", "--json")
-    finally:
-        subprocess.run(["losetup", "--detach", device], check=True)
+
+@pytest.mark.tools
+def test_device_is_restored_in_full_and_backed_up_again(
+    run: Run, repo: Path, image: Path, backup: dict[str, Any], disk: Path, device: str
+) -> None:
+    restored = run("restore", repo, "vm@latest", device)
+    again = run("backup", repo, device, "--volume", "vm", "--json")
 
     assert restored.code == 0, restored.err
     assert disk.read_bytes() == image.read_bytes()
     assert again.json[0]["kind"] == "incremental"
     assert again.json[0]["stored_bytes"] < 65536
+
+
+@pytest.mark.tools
+def test_device_overwritten_in_part_is_told(
+    run: Run, repo: Path, backup: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def be_signalled(self: DeviceTarget, offset: int, size: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(DeviceTarget, "write_hole", be_signalled)
+    image = Path(repo).parent / "long.img"
+    with image.open("wb") as file:
+        file.write(b"data")
+        file.truncate(8 * MIB)
+    run("backup", repo, image)
+
+    ended = run("restore", repo, "long@latest", device)
+
+    assert ended.code == 130
+    assert f"warning: {device!r} is overwritten in part" in ended.err.splitlines()[0]
 
 
 def test_mode_of_the_source_comes_back_less_the_umask(run: Run, repo: Path, image: Path) -> None:

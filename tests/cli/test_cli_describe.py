@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from backupfs.cli.describe import (
     as_json,
@@ -61,6 +64,11 @@ def test_times_are_in_utc() -> None:
 )
 def test_nothing_unprintable_of_a_name_is_shown(text: str, shown: str) -> None:
     assert printable(text) == shown
+
+
+@given(st.text() | st.binary().map(os.fsdecode))
+def test_any_name_becomes_one_printable_line(text: str) -> None:
+    assert printable(text).isprintable()
 
 
 def test_escaping_leaves_what_is_escaped_already() -> None:

@@ -116,10 +116,24 @@ def test_damage_ends_with_3_and_names_the_backup(
 
     assert (shown.code, found.code) == (3, 3)
     assert backup["id"] in shown.out
-    assert shown.out.endswith(": 1 backup damaged\n")
+    assert shown.out.endswith(", 1 backup hit\n")
     hit = [damage for damage in found.json["damage"] if damage["backup_id"] == backup["id"]]
     assert hit and hit[0]["volume"] == "vm"
     assert hit[0]["offset"] is not None and hit[0]["size"] > 0
+
+
+def test_damaged_record_is_no_silent_loss(run: Run, repo: Path, backup: dict[str, Any]) -> None:
+    (record,) = (repo / "records").iterdir()
+    content = bytearray(record.read_bytes())
+    content[len(content) // 2] ^= 1
+    record.chmod(0o600)
+    record.write_bytes(content)
+
+    shown, verified = run("list", repo), run("verify", repo)
+
+    assert "error: object 'records/" in shown.error_line and backup["id"] in shown.error_line
+    assert verified.code == 3
+    assert backup["id"] in verified.out
 
 
 def test_verify_of_an_unknown_backup_fails(run: Run, repo: Path) -> None:
