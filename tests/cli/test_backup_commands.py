@@ -463,6 +463,18 @@ def test_delete_of_one_backup_called_twice(run: Run, repo: Path, backup: dict[st
     assert listed(run, repo) == []
 
 
+def test_delete_of_a_volume_by_its_name_is_no_id(run: Run, repo: Path, image: Path) -> None:
+    """Volume "a" was taken for the beginning of an id, and an arbitrary backup went away."""
+    (made,) = run("backup", repo, image, "--json").json
+    run("backup", repo, image, "--volume", made["id"][:2])
+
+    ended = run("delete", repo, made["id"][:2])
+
+    assert ended.code == 2
+    assert "is a volume: name its backups" in ended.error_line
+    assert len(listed(run, repo)) == 2
+
+
 def test_prune_says_first_and_does_then(run: Run, repo: Path, image: Path) -> None:
     ids = [run("backup", repo, image, "--json").json[0]["id"] for _ in range(3)]
 
