@@ -22,9 +22,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "backupfs"
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "types", "ambient"),
     ("format", "storage"),
-    ("repository",),
-    ("catalogue",),
-    ("staging",),
+    ("repository", "reports", "retention"),
+    ("catalogue", "image"),
+    ("staging", "importing"),
     ("service",),
     ("driver", "fuse", "hostfiles"),
     ("daemon", "cinder"),
