@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import click
 
+from backupfs.cli import output
 from backupfs.cli.parameters import repository_argument
 from backupfs.errors import MountFailed
 
@@ -40,6 +41,8 @@ def mount_command(repo: str, mountpoint: str, options: tuple[str, ...], foregrou
     except ImportError as error:
         raise MountFailed(mountpoint=mountpoint, reason=missing_part(error)) from error
     parsed = daemon.parse_mount_options(",".join(options))
+    if foreground:
+        output.end_reported_log()
     daemon.mount(repo, mountpoint, parsed, foreground=foreground)
 
 

@@ -96,13 +96,19 @@ class ReportingHandler(logging.Handler):
 @contextmanager
 def reported_log() -> Iterator[None]:
     """Report warnings and worse of the engine while the block runs."""
-    handler = ReportingHandler(logging.WARNING)
-    logger = logging.getLogger("backupfs")
-    logger.addHandler(handler)
+    logging.getLogger("backupfs").addHandler(ReportingHandler(logging.WARNING))
     try:
         yield
     finally:
-        logger.removeHandler(handler)
+        end_reported_log()
+
+
+def end_reported_log() -> None:
+    """For a command that from now on has a log of its own."""
+    logger = logging.getLogger("backupfs")
+    for handler in list(logger.handlers):
+        if isinstance(handler, ReportingHandler):
+            logger.removeHandler(handler)
 
 
 def settle() -> None:

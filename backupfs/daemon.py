@@ -1,0 +1,231 @@
+"""The mount's process: open, start, serve, stop, in this order, and what can go wrong with each.
+
+In the background the command's process forks; the child reports over a pipe that the mount answers,
+or why it does not, and lives on without a terminal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import logging.handlers
+import os
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from backupfs.ambient import Ambient
+from backupfs.errors import BackupfsError, Busy, MountFailed
+from backupfs.fuse.mount import Mount, mount_device
+from backupfs.fuse.options import MountOptions, parse_mount_options
+from backupfs.repository.repository import cache_folder
+from backupfs.service import STATUS_PATH, Policy, Service
+from backupfs.storage.locate import local_folder
+
+__all__ = ["MountOptions", "mount", "parse_mount_options", "unmount"]
+
+log = logging.getLogger("backupfs")
+
+START_SECONDS_MAX = 120.0
+REPORT_SIZE_MAX = 4096
+POLL_SECONDS = 0.02
+
+
+def mount(location: str, mountpoint: str, options: MountOptions, *, foreground: bool) -> None:
+    """Mount a repository.
+
+    In the background this returns when the mount answers; in the foreground, when it was unmounted.
+
+    Raises:
+        MountFailed, Busy, RepositoryNotFound, StorageError…: nothing is mounted.
+    """
+    location = str(local_folder(location))  # the daemon works elsewhere
+    target = _checked_mountpoint(location, mountpoint)
+    if foreground:
+        _log_to(logging.StreamHandler(sys.stderr))
+        _run(location, target, options, lambda: log.info("mounted at %s", target))
+        return
+    reading, writing = os.pipe()
+    if os.fork():
+        os.close(writing)
+        _await_report(reading, str(target))
+        return
+    os.close(reading)
+    _run_detached(location, target, options, writing)
+
+
+def unmount(mountpoint: str, *, timeout: float = 300) -> None:
+    """Unmount; returns when everything is durable and the daemon is gone.
+
+    Raises:
+        Busy: something in the mount is open.
+        MountFailed: nothing of ours is mounted there, or the daemon did not end in time.
+    """
+    target = Path(mountpoint).absolute()
+    target = Path(os.path.realpath(target.parent)) / target.name
+    if mount_device(target) is None:
+        raise MountFailed(mountpoint=mountpoint, reason="no backupfs is mounted there")
+    process = _daemon_of(target)
+    _call_umount(target)
+    if process is not None:
+        try:
+            if not select.select([process], [], [], timeout)[0]:
+                raise MountFailed(
+                    mountpoint=mountpoint,
+                    reason=f"unmounted, but the daemon still works after {timeout:.0f} s",
+                )
+        finally:
+            os.close(process)
+
+
+# -- before the mount --------------------------------------------------------------------------
+
+
+def _checked_mountpoint(location: str, mountpoint: str) -> Path:
+    """The mountpoint, free of dead mounts of ours, and neither in nor around the repository."""
+    target = Path(mountpoint).absolute()
+    target = Path(os.path.realpath(target.parent)) / target.name
+    _clear_dead_mount(target)
+    target = Path(os.path.realpath(target))
+    if not target.is_dir():
+        raise MountFailed(mountpoint=mountpoint, reason="it is no folder")
+    if mount_device(target) is not None:
+        raise MountFailed(mountpoint=mountpoint, reason="a backupfs is mounted there already")
+    folder = Path(os.path.realpath(local_folder(location)))
+    if folder.is_relative_to(target) or target.is_relative_to(folder):
+        raise MountFailed(
+            mountpoint=mountpoint, reason="repository and mountpoint must not lie in each other"
+        )
+    return target
+
+
+def _clear_dead_mount(target: Path) -> None:
+    """Remove what a killed daemon left mounted; a living mount is never touched."""
+    try:
+        target.stat()
+    except OSError as error:
+        if error.errno == errno.ENOTCONN and mount_device(target) is not None:
+            log.warning("removing the dead mount at %s", target)
+            _call_umount(target)
+        elif not isinstance(error, FileNotFoundError):
+            raise MountFailed(mountpoint=str(target), reason=str(error)) from error
+
+
+def _call_umount(target: Path) -> None:
+    command = ["umount", "--", str(target)]
+    if os.geteuid() != 0:
+        command = ["fusermount3", "-u", "--", str(target)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if result.returncode == 0:
+        return
+    message = result.stderr.strip().splitlines()[-1:] or ["umount failed"]
+    if "busy" in message[0]:
+        raise Busy(what=f"the mount at {str(target)!r}", holder="open files (see 'fuser -vm')")
+    raise MountFailed(mountpoint=str(target), reason=message[0])
+
+
+def _daemon_of(target: Path) -> int | None:
+    """A descriptor that becomes readable when the daemon of a mount ends; None for a dead one."""
+    try:
+        status = json.loads((target / STATUS_PATH).read_text())
+        return os.pidfd_open(int(status["process_id"]))
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+# -- the process -------------------------------------------------------------------------------
+
+
+def _run(location: str, target: Path, options: MountOptions, on_ready: object) -> None:
+    assert callable(on_ready)
+    policy = Policy(
+        settle_seconds=options.settle,
+        settle_all=options.settle_all,
+        publish_on_rename_only=options.publish_on_rename_only,
+    )
+    with Service.open(location, ambient=Ambient()) as service:
+        area = None
+        if not options.read_only:
+            area = service.open_staging(policy, mountpoint=str(target))
+        try:
+            Mount(service, area, target, options).run(on_ready)
+        finally:
+            if area is not None:
+                area.close()
+    log.info("unmounted")
+
+
+def _run_detached(location: str, target: Path, options: MountOptions, report: int) -> None:
+    """The child's whole life: never returns."""
+    status = 1
+    try:
+        os.setsid()
+        os.chdir("/")
+        os.umask(0o022)
+        _detach_streams()
+        _log_to(_log_handler(location, options))
+        _run(location, target, options, lambda: _send_report(report, b"ready"))
+        status = 0
+    except BackupfsError as error:
+        log.error("%s", error)
+        _send_report(report, str(error).encode())
+    except BaseException as error:  # the last place that can say what happened
+        log.exception("the daemon ends")
+        _send_report(report, f"{type(error).__name__}: {error}".encode())
+    finally:
+        logging.shutdown()
+        os._exit(status)
+
+
+def _send_report(report: int, text: bytes) -> None:
+    with contextlib.suppress(OSError):  # reported already, or nobody listens
+        os.write(report, text[:REPORT_SIZE_MAX])
+        os.close(report)
+
+
+def _await_report(reading: int, mountpoint: str) -> None:
+    with open(reading, "rb", buffering=0) as pipe:
+        deadline = time.monotonic() + START_SECONDS_MAX
+        if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            raise MountFailed(mountpoint=mountpoint, reason="the daemon does not answer")
+        report = pipe.read(REPORT_SIZE_MAX) or b"the daemon died"
+    if report != b"ready":
+        text = report.decode(errors="replace")
+        prefix = f"cannot mount {mountpoint!r}: "
+        raise MountFailed(mountpoint=mountpoint, reason=text.removeprefix(prefix))
+
+
+def _detach_streams() -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    os.close(null)
+
+
+def _log_handler(location: str, options: MountOptions) -> logging.Handler:
+    """The log file asked for; else syslog, where there is one; else a file beside the index."""
+    if options.log_file is not None:
+        return logging.FileHandler(options.log_file)
+    if Path("/dev/log").exists():
+        with contextlib.suppress(OSError):
+            handler = logging.handlers.SysLogHandler(
+                "/dev/log", logging.handlers.SysLogHandler.LOG_DAEMON
+            )
+            handler.ident = "backupfs: "
+            return handler
+    folder = cache_folder("log")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return logging.handlers.RotatingFileHandler(
+        folder / "backupfs.log", maxBytes=10 << 20, backupCount=2
+    )
+
+
+def _log_to(handler: logging.Handler) -> None:
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)

@@ -1,0 +1,103 @@
+"""What an open file is to us: one class for each way in which reads, writes and closes differ."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+from backupfs.errors import InvalidMetadata, InvalidRecord
+from backupfs.format.record import METADATA_SIZE_MAX, RECORD_SIZE_MAX
+from backupfs.fuse.layout import Entry
+from backupfs.repository.images import Root
+from backupfs.service import Image, Service
+from backupfs.staging.area import WriteHandle
+from backupfs.staging.staged_file import StagedFile
+
+
+@dataclass(slots=True)
+class BackupHandle:
+    """A backup, open for reading; its data are kept from gc until it is closed."""
+
+    image: Image
+    root: Root
+
+
+@dataclass(slots=True)
+class StagedReader:
+    """A staged file, open for reading."""
+
+    staged: StagedFile
+
+
+@dataclass(slots=True)
+class StagedWriter:
+    """A staged file, open for writing."""
+
+    handle: WriteHandle
+    opener: int  # process id, 0 where it is of another namespace
+
+    @property
+    def staged(self) -> StagedFile:
+        return self.handle.staged
+
+
+@dataclass(slots=True)
+class TextReader:
+    """A made file as it was when it was opened."""
+
+    content: bytes
+
+
+@dataclass(slots=True)
+class TextWriter:
+    """A small file that is checked and taken in whole when it is closed."""
+
+    entry: Entry
+    size_max: int
+    buffer: bytearray = field(default_factory=bytearray)
+    is_dirty: bool = False
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Raises: InvalidRecord where it would become too large."""
+        end = offset + len(data)
+        if end > self.size_max:
+            raise InvalidRecord(reason=f"more than {self.size_max} bytes")
+        if end > len(self.buffer):
+            self.buffer.extend(bytes(end - len(self.buffer)))
+        self.buffer[offset:end] = data
+        self.is_dirty = True
+
+    def truncate(self, size: int) -> None:
+        if size > self.size_max:
+            raise InvalidRecord(reason=f"more than {self.size_max} bytes")
+        del self.buffer[size:]
+        self.buffer.extend(bytes(size - len(self.buffer)))
+        self.is_dirty = True
+
+    def is_complete(self) -> bool:
+        """Whether there is something to take in: shells close once before the first write."""
+        return self.is_dirty and bool(self.buffer)
+
+
+def put_metadata(service: Service, writer: TextWriter) -> None:
+    """Take in what was written to a ``metadata.json``. Raises: InvalidMetadata, StorageError."""
+    try:
+        value = json.loads(bytes(writer.buffer))
+    except (ValueError, RecursionError) as error:
+        raise InvalidMetadata(reason=f"it is no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InvalidMetadata(reason="it must be a JSON object")
+    service.put_metadata(writer.entry.key, value)
+    writer.is_dirty = False
+
+
+def put_record(service: Service, writer: TextWriter) -> None:
+    """Take in a record that was copied in. Raises: InvalidRecord, MissingData, BackupExists…"""
+    service.import_record(bytes(writer.buffer))
+    writer.is_dirty = False
+
+
+METADATA_TEXT_SIZE_MAX = 4 * METADATA_SIZE_MAX
+RECORD_TEXT_SIZE_MAX = RECORD_SIZE_MAX
+
+Handle = BackupHandle | StagedReader | StagedWriter | TextReader | TextWriter

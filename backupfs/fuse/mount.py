@@ -1,0 +1,169 @@
+"""One mount, from the first request to the last: composes the parts and runs the event loop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from backupfs.errors import BackupfsError, MountFailed
+from backupfs.fuse.attributes import Attributes
+from backupfs.fuse.inodes import Inodes
+from backupfs.fuse.layout import Entry, Kind, Layout
+from backupfs.fuse.operations import Operations
+from backupfs.fuse.options import MountOptions
+from backupfs.fuse.texts import Texts
+from backupfs.fuse.threads import Threads
+from backupfs.service import Service, StagingArea
+
+log = logging.getLogger(__name__)
+
+FS_TYPE = "fuse.backupfs"
+READ_AHEAD_KIB = 2048
+REFRESH_SECONDS = 0.5
+TICK_SECONDS = 0.2
+MOUNTINFO = Path("/proc/self/mountinfo")
+
+
+class Mount:
+    """A mounted repository. ``area`` is None for a read-only mount."""
+
+    def __init__(
+        self, service: Service, area: StagingArea | None, mountpoint: Path, options: MountOptions
+    ) -> None:
+        ambient = service.repository.ambient
+        mounted_at = ambient.now()
+        self._service = service
+        self._area = area
+        self._mountpoint = mountpoint
+        self._options = options
+        layout = Layout(service.catalogue, area)
+        inodes = Inodes(layout)
+        texts = Texts(
+            service,
+            area,
+            mountpoint=str(mountpoint),
+            mounted_at=mounted_at,
+            process_id=ambient.process_id(),
+        )
+        self._operations = Operations(
+            service=service,
+            area=area,
+            layout=layout,
+            inodes=inodes,
+            attributes=Attributes(
+                service,
+                options,
+                own_uid=os.getuid(),
+                own_gid=os.getgid(),
+                mounted_at=mounted_at,
+                number=inodes.number,
+                text_size=self._text_size,
+            ),
+            texts=texts,
+        )
+        self._texts = texts
+
+    def run(self, on_ready: Callable[[], None]) -> None:
+        """Mount, call ``on_ready`` when the mount answers, serve until it is unmounted.
+
+        SIGTERM and SIGINT unmount. Raises: MountFailed.
+        """
+        try:
+            pyfuse3.init(self._operations, str(self._mountpoint), self._fuse_options())
+        except RuntimeError as error:
+            raise MountFailed(mountpoint=str(self._mountpoint), reason=str(error)) from error
+        try:
+            trio.run(self._serve, on_ready)
+        finally:
+            pyfuse3.close(unmount=True)
+
+    async def _serve(self, on_ready: Callable[[], None]) -> None:
+        self._operations.threads = Threads()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch_signals)
+                nursery.start_soon(self._refresh)
+                if self._area is not None:
+                    nursery.start_soon(self._tick, self._area)
+                nursery.start_soon(self._announce, on_ready)
+                await pyfuse3.main()
+                nursery.cancel_scope.cancel()
+        finally:
+            self._operations.threads.close()
+
+    async def _announce(self, on_ready: Callable[[], None]) -> None:
+        """The mount answers as soon as the loop runs: asked from a thread, as a program would."""
+        await trio.to_thread.run_sync(os.stat, self._mountpoint)
+        await trio.to_thread.run_sync(_raise_read_ahead, self._mountpoint)
+        on_ready()
+
+    async def _watch_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async for number in signals:
+                log.info("unmounting on %s", signal.Signals(number).name)
+                pyfuse3.terminate()
+                return
+
+    async def _refresh(self) -> None:
+        """Show what other processes do to the repository."""
+        while True:
+            await trio.sleep(REFRESH_SECONDS)
+            try:
+                await trio.to_thread.run_sync(self._service.refresh)
+            except BackupfsError as error:
+                log.error("the repository could not be looked at: %s", error)
+
+    async def _tick(self, area: StagingArea) -> None:
+        while True:
+            await trio.sleep(TICK_SECONDS)
+            await trio.to_thread.run_sync(area.tick)
+
+    def _fuse_options(self) -> set[str]:
+        source = self._service.location.encode("ascii", "replace").decode()
+        options = set(pyfuse3.default_options)
+        options.add("fsname=" + source.replace("\\", "\\\\").replace(",", "\\,"))
+        options.add("subtype=backupfs")
+        if self._options.allow_other:
+            options.add("allow_other")
+        if self._options.read_only:
+            options.add("ro")
+        return options
+
+    def _text_size(self, entry: Entry) -> int:
+        if entry.kind is Kind.SIDECAR:
+            return self._operations.sidecar_size(entry.key)
+        return self._texts.size(entry)
+
+
+def _raise_read_ahead(mountpoint: Path) -> None:
+    """Have the kernel read further ahead, where we may: it doubles what a reader gets."""
+    device = mount_device(mountpoint)
+    if device is not None:
+        with contextlib.suppress(OSError):
+            Path(f"/sys/class/bdi/{device}/read_ahead_kb").write_text(str(READ_AHEAD_KIB))
+
+
+def mount_device(mountpoint: Path) -> str | None:
+    """The device number, "major:minor", of a mount of ours; None where there is none."""
+    found = None
+    wanted = str(mountpoint)
+    for line in MOUNTINFO.read_text(errors="surrogateescape").splitlines():
+        fields = line.split(" ")
+        kind = fields[fields.index("-") + 1]
+        if kind == FS_TYPE and _unescaped(fields[4]) == wanted:
+            found = fields[2]  # the last one counts: it lies on top
+    return found
+
+
+def _unescaped(text: str) -> str:
+    """Undo mountinfo's octal escapes of blank, tab, newline and backslash."""
+    for code, character in (("040", " "), ("011", "\t"), ("012", "\n"), ("134", "\\")):
+        text = text.replace(f"\\{code}", character)
+    return text

@@ -1,0 +1,65 @@
+"""From the event loop to threads and back.
+
+Reads go over a plain queue to a few threads of their own, so that no flush or publish can keep them
+waiting, at a fifth of the cost of ``trio.to_thread``. What may take long goes to ``trio.to_thread``
+with a limit of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import outcome
+import trio
+
+from backupfs.repository.workers import Credit, Workers
+
+Result = TypeVar("Result")
+
+READERS = 4
+SLOW_CALLS_MAX = 64
+
+
+class Threads:
+    """The threads that serve one mount; made inside the event loop."""
+
+    def __init__(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        self._readers = Workers(READERS, name="reader")
+        self._limiter = trio.CapacityLimiter(SLOW_CALLS_MAX)
+
+    def close(self) -> None:
+        self._readers.close()
+
+    async def read(self, call: Callable[..., Result], *arguments: Any) -> Result:
+        """Run ``call`` in a reader's thread."""
+        task = trio.lowlevel.current_task()
+
+        def deliver(result: outcome.Outcome[Result]) -> None:
+            trio.lowlevel.reschedule(task, outcome.Value(result))
+
+        def work() -> None:
+            result = outcome.capture(call, *arguments)
+            self._token.run_sync_soon(deliver, result)
+
+        self._readers.submit(work)
+        # Not cancellable: the thread will deliver to this task whatever happens.
+        result = await trio.lowlevel.wait_task_rescheduled(
+            lambda _raise: trio.lowlevel.Abort.FAILED
+        )
+        return result.unwrap()  # type: ignore[no-any-return]
+
+    async def slow(self, call: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
+        """Run ``call`` in a thread; it may wait for disks and locks."""
+
+        def work() -> Result:
+            return call(*arguments, **named)
+
+        return await trio.to_thread.run_sync(work, limiter=self._limiter)
+
+    async def below(self, credit: Credit) -> None:
+        """Wait until less than the credit's limit is taken."""
+        event = trio.Event()
+        if credit.call_when_below(lambda: self._token.run_sync_soon(event.set)):
+            await event.wait()
