@@ -15,7 +15,6 @@ import os
 import select
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from backupfs.ambient import Ambient
@@ -32,7 +31,6 @@ log = logging.getLogger("backupfs")
 
 START_SECONDS_MAX = 120.0
 REPORT_SIZE_MAX = 4096
-POLL_SECONDS = 0.02
 
 
 def mount(location: str, mountpoint: str, options: MountOptions, *, foreground: bool) -> None:
@@ -189,8 +187,7 @@ def _send_report(report: int, text: bytes) -> None:
 
 def _await_report(reading: int, mountpoint: str) -> None:
     with open(reading, "rb", buffering=0) as pipe:
-        deadline = time.monotonic() + START_SECONDS_MAX
-        if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        if not select.select([pipe], [], [], START_SECONDS_MAX)[0]:
             raise MountFailed(mountpoint=mountpoint, reason="the daemon does not answer")
         report = pipe.read(REPORT_SIZE_MAX) or b"the daemon died"
     if report != b"ready":

@@ -11,6 +11,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 
+def _rebuilt(kind: type[BackupfsError], fields: dict[str, Any]) -> BackupfsError:
+    return kind(**fields)
+
+
 class BackupfsError(Exception):
     """Root of the tree. ``template`` is the sentence, formatted with the fields."""
 
@@ -21,7 +25,11 @@ class BackupfsError(Exception):
         self.fields = fields
 
     def __str__(self) -> str:
-        return self.template.format(**self.fields)
+        # One line, whatever a name or a reason from outside holds.
+        return self.template.format(**self.fields).replace("\n", "\\n").replace("\r", "\\r")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (type(self), self.fields)
 
     def __getattr__(self, name: str) -> Any:
         try:

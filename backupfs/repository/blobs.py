@@ -183,7 +183,10 @@ class BlobReader:
         location: BlobLocation | None,
     ) -> bytes:
         try:
-            return blob_format.decode(data, expected=blob_id, level=level, ids=self._ids)
+            plain = blob_format.decode(data, expected=blob_id, level=level, ids=self._ids)
+            if level == 0 and len(plain) != len(self.zeros):
+                raise blob_format.BadBlobError("a chunk of another size")
+            return plain
         except blob_format.BadBlobError as error:
             raise CorruptBlob(
                 blob_id=blob_id.hex(),

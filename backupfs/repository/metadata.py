@@ -54,7 +54,7 @@ class MetadataStore:
                 continue  # replaced since it was listed
 
     def put(self, volume: str, metadata: dict[str, Any]) -> None:
-        """Replace a volume's metadata; {} removes it. Durable on return.
+        """Replace a volume's metadata. Durable on return.
 
         Raises: InvalidMetadata, StorageError.
         """
@@ -63,10 +63,9 @@ class MetadataStore:
             older = self._generations(volume)
             generation = max(older, default=0) + 1
             try:
-                if metadata:
-                    self._storage.put_new(
-                        self._name(volume, generation), self._encode(volume, generation, text)
-                    )
+                self._storage.put_new(
+                    self._name(volume, generation), self._encode(volume, generation, text)
+                )
                 break
             except ObjectExists:
                 continue  # another process took this generation
@@ -92,8 +91,12 @@ class MetadataStore:
             digest = fields.raw("digest", size=DIGEST_SIZE)
             if self._ids.digest("state", codec.encode(body)) != digest:
                 raise codec.UndecodableError("its digest does not match")
+            if fields.integer("version") != VERSION:
+                raise codec.UndecodableError("its version is unknown")
             if fields.text("volume", size_max=4096) != volume:
                 raise codec.UndecodableError("it is of another volume")
+            if fields.integer("generation") != generation:
+                raise codec.UndecodableError("it is of another generation")
             metadata = json.loads(fields.text("metadata", size_max=METADATA_SIZE_MAX))
         except (ValueError, RecursionError) as error:
             raise CorruptObject(name=name, reason=str(error)) from error

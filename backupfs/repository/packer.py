@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 QUEUE_JOBS_MAX = 16  # of up to 1 MiB each
 SEALING_PACKS_MAX = 4
+# A pack of small blobs ends here, so that its footer stays small and can always be read.
+PACK_ENTRIES_MAX = 1 << 16
 WRITE_PARTS_MAX = 512  # buffers of one writev(2); the system allows 1024
 
 
@@ -203,7 +205,7 @@ class Packer:
         with self._lock:
             for blob in blobs:
                 self._place(pack, blob)
-        if pack.size >= self._pack_size:
+        if pack.size >= self._pack_size or len(pack.entries) >= PACK_ENTRIES_MAX:
             self._sealing.put(self._open.pop(is_node))
 
     def _place(self, pack: _OpenPack, blob: NewBlob) -> None:

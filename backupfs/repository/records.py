@@ -28,18 +28,22 @@ class RecordStore:
     def put(self, record: Record) -> None:
         """Publish a backup: when this returns it exists and survives a power cut.
 
-        What ``record.root`` reaches must be durable already. Raises: StorageError, ObjectExists.
+        What ``record.root`` reaches must be durable already.
+
+        Raises:
+            InvalidRecord: it could not be read again; nothing was written.
+            StorageError, ObjectExists
         """
         data = encode_record(record, self._id_scheme)
-        assert decode_record(data, self._id_scheme) == record, (
-            "a record that would not be read again"
-        )
+        if decode_record(data, self._id_scheme) != record:
+            raise InvalidRecord(reason="it would not be read again as it is")
         self._storage.put_new(record.object_name, data)
 
     def get(self, backup_id: str) -> Record:
         """Raises: ObjectNotFound, CorruptObject, StorageError."""
         name = record_name(backup_id)
-        data = self._storage.get(name, size_max=RECORD_SIZE_MAX)
+        # One byte more than it may have: a longer one is damage of this record alone.
+        data = self._storage.get_range(name, 0, RECORD_SIZE_MAX + 1)
         try:
             record = decode_record(data, self._id_scheme)
         except InvalidRecord as error:

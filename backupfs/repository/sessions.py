@@ -20,6 +20,7 @@ from pathlib import Path
 from backupfs.ambient import Ambient
 from backupfs.errors import CorruptObject, ObjectNotFound, StorageError
 from backupfs.format import codec
+from backupfs.format.blob import LEVEL_MAX
 from backupfs.repository.chunks import Avoided
 from backupfs.repository.images import Root
 from backupfs.storage.base import Storage
@@ -203,12 +204,16 @@ def decode_ack(data: bytes, name: str) -> set[Root]:
     """Raises: CorruptObject."""
     try:
         fields = codec.Fields(codec.decode(data, size_max=ACK_SIZE_MAX))
+        if fields.integer("version") != 1:
+            raise codec.UndecodableError("its version is unknown")
         roots = set()
         for item in fields.sequence("roots", length_max=1 << 18):
             blob_id, height = item
             if not isinstance(blob_id, bytes) or len(blob_id) != BLOB_ID_SIZE:
                 raise codec.UndecodableError("field 'roots' holds other than ids")
-            roots.add(Root(BlobId(blob_id), int(height)))
+            if not isinstance(height, int) or not 1 <= height <= LEVEL_MAX:
+                raise codec.UndecodableError("field 'roots' holds an impossible height")
+            roots.add(Root(BlobId(blob_id), height))
         return roots
     except (codec.UndecodableError, ValueError, TypeError) as error:
         raise CorruptObject(name=name, reason=str(error)) from error

@@ -430,7 +430,9 @@ class StagingArea:
         if not older.changed:
             self._states.remove(older.draft_id)
             return
-        older.name = f"{older.name}.replaced-{older.draft_id[:6]}.part"
+        folder, _, name = older.name.rpartition("/")
+        kept = f"{name[:50]}.replaced-{older.draft_id[:6]}.part"  # at most 225 bytes
+        older.name = f"{folder}/{kept}" if folder else kept
         self._files[older.name] = older
         self._save(older)
 

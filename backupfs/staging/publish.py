@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from backupfs.catalogue import Catalogue
@@ -61,7 +61,7 @@ def publish(
             raise BackupExists(backup_id=publication.backup_id)
         parent = _parent(catalogue, publication, content.size)
         volume = publication.volume
-        moment = publication.data_timestamp.replace(microsecond=0)
+        moment = publication.data_timestamp.astimezone(UTC).replace(microsecond=0)
         taken = {record.name for record in catalogue.backups(volume)}
         record = Record(
             backup_id=publication.backup_id,
