@@ -1,8 +1,8 @@
 """The images that are backed up: made from a seed and the files of the machine.
 
-``base`` is an ext4 image, about two thirds full with files from /usr. A generation is ``base`` with
-some of its 4 KiB blocks rewritten, known as a list of extents, so that it can be copied whole or
-written in place. The same seed on the same machine gives the same files at the same places; only
+``base`` is an ext4 image, about two thirds full with files from /usr. A generation is the image
+before it with some of its 4 KiB blocks rewritten, known as a list of extents, so that it can be
+copied whole or written in place. The same seed on the same machine gives the same files at the same places; only
 time stamps in the file system's inodes differ.
 """
 
@@ -34,7 +34,7 @@ PHRASE = b"a line of a log that says much the same as the line before it\n"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """A changed image, whole and as the changes that lead from ``base`` to it."""
+    """A changed image, whole and as the changes that lead to it from the one before."""
 
     name: str
     image: Path
@@ -53,16 +53,20 @@ class Workload:
 
 def make_workload(folder: Path, *, size: int, seed: int, names: Sequence[str]) -> Workload:
     """The images below ``folder``; what an earlier call left there is taken if it is the same."""
-    settings = {"size": size, "seed": seed, "version": 1}
+    settings = {"size": size, "seed": seed, "version": 3}
     folder.mkdir(parents=True, exist_ok=True)
     base, known = folder / "base.img", folder / "workload.json"
     if not known.exists() or json.loads(known.read_text()) != settings:
-        known.unlink(missing_ok=True)
-        for stale in folder.glob("*.img"):
+        for stale in [*folder.glob("*.img"), *folder.glob("*.json")]:
             stale.unlink()
         make_base(base, folder / "tree", size=size, rng=random.Random(seed))
+        os.sync()  # before that its holes are not what they will be
         known.write_text(json.dumps(settings))
-    generations = [make_generation(folder, base, name, seed) for name in names]
+    generations: list[Generation] = []
+    before = base
+    for name in names:
+        generations.append(make_generation(folder, before, name, seed))
+        before = generations[-1].image
     return Workload(base=base, generations=generations)
 
 
@@ -126,20 +130,29 @@ def make_file_system(image: Path, tree: Path, *, size: int) -> None:
 # -- generations ---------------------------------------------------------------------------------
 
 
-def make_generation(folder: Path, base: Path, name: str, seed: int) -> Generation:
-    image = folder / f"{name}.img"
-    rng = random.Random(f"{seed} {name}")
-    extents = sorted(GENERATIONS[name](rng, data_blocks(base), base.stat().st_size))
-    if not image.exists():
-        partial = image.with_suffix(".partial")
-        # shutil would fill the holes.
-        subprocess.run(["cp", "--sparse=auto", base, partial], check=True, timeout=1800)
-        with partial.open("r+b") as file:
-            for offset, size in extents:
-                file.seek(offset)
-                file.write(contents(rng, size))
-        partial.rename(image)
+def make_generation(folder: Path, before: Path, name: str, seed: int) -> Generation:
+    image, known = folder / f"{name}.img", folder / f"{name}.json"
+    made = json.loads(known.read_text()) if known.exists() else {}
+    if made.get("before") != before.name:
+        rng = random.Random(f"{seed} {name}")
+        extents = GENERATIONS[name](rng, data_blocks(before), before.stat().st_size)
+        rewrite(before, image, extents, rng)
+        # Kept, not made again: file systems may later tell other holes of the same file.
+        made = {"before": before.name, "extents": extents}
+        known.write_text(json.dumps(made))
+    extents = [(offset, size) for offset, size in made["extents"]]
     return Generation(name=name, image=image, extents=extents)
+
+
+def rewrite(
+    before: Path, image: Path, extents: Sequence[tuple[int, int]], rng: random.Random
+) -> None:
+    """Make ``image``: a copy of ``before``, holes included, with new contents in ``extents``."""
+    subprocess.run(["cp", "--sparse=auto", before, image], check=True, timeout=1800)
+    with image.open("r+b") as file:
+        for offset, size in extents:
+            file.seek(offset)
+            file.write(contents(rng, size))
 
 
 def contents(rng: random.Random, size: int) -> bytes:
