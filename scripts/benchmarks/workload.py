@@ -2,8 +2,8 @@
 
 ``base`` is an ext4 image, about two thirds full with files from /usr. A generation is the image
 before it with some of its 4 KiB blocks rewritten, known as a list of extents, so that it can be
-copied whole or written in place. The same seed on the same machine gives the same files at the same places; only
-time stamps in the file system's inodes differ.
+copied whole or written in place. The same seed on the same machine gives the same files at the same
+places; only time stamps in the file system's inodes differ.
 """
 
 from __future__ import annotations
