@@ -36,7 +36,6 @@ class Attributes:
         own_gid: int,
         mounted_at: datetime,
         number: Callable[[Entry], int],
-        text_size: Callable[[Entry], int],
     ) -> None:
         self._catalogue = service.catalogue
         self._chunk_size = service.config.chunk_size
@@ -45,10 +44,12 @@ class Attributes:
         self._gid = own_gid if options.gid is None else options.gid
         self._mounted_at = mounted_at
         self._number = number
-        self._text_size = text_size
 
-    def of(self, entry: Entry) -> pyfuse3.EntryAttributes | None:
-        """The attributes of ``entry``, or None where it is gone."""
+    def of(self, entry: Entry, *, text_size: int) -> pyfuse3.EntryAttributes | None:
+        """The attributes of ``entry``, or None where it is gone.
+
+        ``text_size`` is that of the content of a file which is made when it is read.
+        """
         attributes = self._common(entry)
         if entry.is_folder:
             attributes.st_mode = stat.S_IFDIR | (0o777 & ~self._options.umask)
@@ -68,7 +69,7 @@ class Attributes:
             attributes.st_mode = stat.S_IFLNK | 0o777
             attributes.st_size = len(record.name)
         else:
-            self._fill_text(attributes, entry)
+            self._fill_text(attributes, entry, text_size)
         return attributes
 
     def xattrs(self, entry: Entry) -> dict[str, str]:
@@ -118,10 +119,10 @@ class Attributes:
         attributes.st_blocks = _blocks(staged.size, data_size)
         _set_times(attributes, staged.mtime_ns)
 
-    def _fill_text(self, attributes: pyfuse3.EntryAttributes, entry: Entry) -> None:
+    def _fill_text(self, attributes: pyfuse3.EntryAttributes, entry: Entry, text_size: int) -> None:
         mode = 0o644 if entry.kind in (Kind.METADATA, Kind.SIDECAR) else 0o444
         attributes.st_mode = stat.S_IFREG | (mode & ~self._options.umask)
-        attributes.st_size = self._text_size(entry)
+        attributes.st_size = text_size
         attributes.st_blocks = ceil_div(attributes.st_size, SECTOR_SIZE)
         attributes.attr_timeout = 0  # their size may be another at each look
         if entry.kind is Kind.RECORD:

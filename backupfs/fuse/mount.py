@@ -15,7 +15,7 @@ import trio
 from backupfs.errors import BackupfsError, MountFailed
 from backupfs.fuse.attributes import Attributes
 from backupfs.fuse.inodes import Inodes
-from backupfs.fuse.layout import Entry, Kind, Layout
+from backupfs.fuse.layout import Layout
 from backupfs.fuse.operations import Operations
 from backupfs.fuse.options import MountOptions
 from backupfs.fuse.texts import Texts
@@ -64,11 +64,9 @@ class Mount:
                 own_gid=os.getgid(),
                 mounted_at=mounted_at,
                 number=inodes.number,
-                text_size=self._text_size,
             ),
             texts=texts,
         )
-        self._texts = texts
 
     def run(self, on_ready: Callable[[], None]) -> None:
         """Mount, call ``on_ready`` when the mount answers, serve until it is unmounted.
@@ -135,11 +133,6 @@ class Mount:
         if self._options.read_only:
             options.add("ro")
         return options
-
-    def _text_size(self, entry: Entry) -> int:
-        if entry.kind is Kind.SIDECAR:
-            return self._operations.sidecar_size(entry.key)
-        return self._texts.size(entry)
 
 
 def _raise_read_ahead(mountpoint: Path) -> None:

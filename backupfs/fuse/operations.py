@@ -165,6 +165,7 @@ class Operations(pyfuse3.Operations):
     @answered
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
         entry = self._entry(inode)
+        await self._published()  # the kernel may know the link's name, and asks for its target only
         latest = self._service.catalogue.latest(entry.key) if entry.kind is Kind.LATEST else None
         if latest is None:
             raise FUSEError(errno.ENOENT)
@@ -554,23 +555,24 @@ class Operations(pyfuse3.Operations):
         return attributes
 
     async def _stat_or_none(self, entry: Entry) -> EntryAttributes | None:
-        if entry.kind is Kind.METADATA:  # the one whose size only the disk knows
-            return await self.threads.slow(self._attributes.of, entry)
-        if entry.kind is Kind.RECORD and self._service.catalogue.get(entry.key) is None:
-            return None
-        return self._attributes.of(entry)
+        text_size = 0
+        if entry.kind is Kind.SIDECAR:
+            writer = self._sidecars.get(entry.key)
+            text_size = len(writer.buffer) if writer else 0
+        elif entry.kind in _MADE:
+            if entry.kind is Kind.RECORD and self._service.catalogue.get(entry.key) is None:
+                return None
+            text_size = len(await self._content(entry))
+        return self._attributes.of(entry, text_size=text_size)
 
     async def _content(self, entry: Entry) -> bytes:
         if entry.kind is Kind.SIDECAR:
             return bytes(self._sidecars[entry.key].buffer)
         if entry.kind not in _MADE:
             raise FUSEError(errno.EACCES)
-        return await self.threads.slow(self._texts.content, entry)
-
-    def sidecar_size(self, name: str) -> int:
-        """Bytes written so far of a record that is being copied in."""
-        writer = self._sidecars.get(name)
-        return len(writer.buffer) if writer else 0
+        if entry.kind is Kind.METADATA:  # the one that only the disk knows
+            return await self.threads.slow(self._texts.content, entry)
+        return self._texts.content(entry)
 
     def _opened(self, handle: Handle, *, direct: bool = False, keep: bool = False) -> FileInfo:
         number = self._new_handle()

@@ -33,7 +33,7 @@ Mount a backup:  mount -o loop,ro,noload volumes/NAME/latest.img /mnt
 
 
 class Texts:
-    """Contents of those files. May read the repository: not for the event loop, but for sizes."""
+    """Contents of those files; but for METADATA from memory, so that the event loop may ask."""
 
     def __init__(
         self,
@@ -68,10 +68,6 @@ class Texts:
             return _json(self._service.get_metadata(entry.key))
         assert entry.kind is Kind.RECORD
         return self._service.export_record(self._service.resolve(entry.key))
-
-    def size(self, entry: Entry) -> int:
-        """Bytes of a made file as of now."""
-        return len(self.content(entry))
 
     def _status(self) -> dict[str, Any]:
         catalogue = self._service.catalogue

@@ -107,12 +107,13 @@ class _Run:
         """What a gc or a writer left that was killed: stale plans, sessions, spooled packs."""
         for plan in read_plans(self._storage):
             self._storage.delete(plan_name(plan.plan_id))
-        living = self._watch.clean()
         spool = self._repository.folder / "spool"
-        if spool.is_dir():
-            for path in spool.iterdir():
-                if path.is_dir() and path.name not in living:
-                    shutil.rmtree(path, ignore_errors=True)
+        # Listed before the sessions: a session takes its lock first, then makes its folder.
+        spooled = [path for path in spool.iterdir() if path.is_dir()] if spool.is_dir() else []
+        living = self._watch.clean()
+        for path in spooled:
+            if path.name not in living:
+                shutil.rmtree(path, ignore_errors=True)
         self._storage.clean_temporary()
 
     def _mark(self, acknowledged: set[Root]) -> Reached:

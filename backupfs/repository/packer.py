@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from backupfs.ambient import Ambient
-from backupfs.errors import BackupfsError, StorageError, StorageUnavailable
+from backupfs.errors import BackupfsError, StorageUnavailable
 from backupfs.format.ids import IdScheme
 from backupfs.format.pack import PackEntry, encode_footer, pack_name
 from backupfs.repository.index import BlobLocation, Index
@@ -194,8 +194,8 @@ class Packer:
             is_node = part[0].level > 0
             try:
                 self._write(is_node, part)
-            except OSError as error:
-                self._fail_open(is_node, part, storage_error(error))
+            except Exception as error:  # whatever it is must fail the writers, not hang them
+                self._fail_open(is_node, part, _reason(error))
 
     def _write(self, is_node: bool, blobs: list[NewBlob]) -> None:
         pack = self._open.get(is_node)
@@ -228,7 +228,7 @@ class Packer:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         return _OpenPack(pack_id=pack_id, path=path, file=file)
 
-    def _fail_open(self, is_node: bool, blobs: list[NewBlob], error: StorageError) -> None:
+    def _fail_open(self, is_node: bool, blobs: list[NewBlob], error: BackupfsError) -> None:
         pack = self._open.pop(is_node, None)
         lost = {blob.blob_id for blob in blobs}
         if pack is not None:
@@ -258,8 +258,8 @@ class Packer:
                 pack_name(pack.pack_id),
                 SpooledFile(path=pack.path, size=os.fstat(pack.file).st_size),
             )
-        except (OSError, StorageError) as error:
-            reason = storage_error(error) if isinstance(error, OSError) else error
+        except Exception as error:  # whatever it is must fail the writers, not hang them
+            reason = _reason(error)
             with self._lock:
                 self._lose({entry.blob_id for entry in pack.entries}, reason)
             self._drop_file(pack)
@@ -293,6 +293,14 @@ class Packer:
         with self._lock:
             os.close(pack.file)
         pack.path.unlink(missing_ok=True)
+
+
+def _reason(error: Exception) -> BackupfsError:
+    if isinstance(error, BackupfsError):
+        return error
+    if isinstance(error, OSError):
+        return storage_error(error)
+    return StorageUnavailable(reason=f"{type(error).__name__}: {error}")
 
 
 def write_all_parts(file: int, parts: list[bytes]) -> None:

@@ -114,6 +114,8 @@ class StagingArea:
         staged.changed = True
         with self._lock:
             self._check_name(name, but=None)
+            if name in self._files or name in self._folders:
+                raise NameTaken(volume=volume_of(name), staged=name)
             staged.writers = 1
             self._files[name] = staged
         return WriteHandle(staged)
@@ -185,9 +187,7 @@ class StagingArea:
         """The content is about to change through ``handle``. Quick, but for the first time after a
         flush (see ``is_marked``), when a file is written."""
         staged = handle.staged
-        if not staged.is_marked:
-            self._states.mark_writing(staged.draft_id, staged.sequence)
-            staged.is_marked = True
+        self._mark(staged)
         staged.content_changed(self._ambient.now())
         staged.written = True
         handle.ends_sized = False
@@ -199,9 +199,7 @@ class StagingArea:
                 handle.ends_sized = True
             if size == staged.size:
                 return
-            if not staged.is_marked:
-                self._states.mark_writing(staged.draft_id, staged.sequence)
-                staged.is_marked = True
+            self._mark(staged)
             if size:
                 staged.draft.truncate(size)
                 staged.content_changed(self._ambient.now())
@@ -220,6 +218,7 @@ class StagingArea:
         with staged.lock:
             if handle.ends_sized and not interrupted:
                 staged.interrupted = staged.left_partial = False
+                staged.failure = ""
             self._flush(staged, interrupted=interrupted)
 
     def sync(self, handle: WriteHandle) -> None:
@@ -232,7 +231,7 @@ class StagingArea:
         staged = handle.staged
         with staged.lock:
             staged.writers -= 1
-            staged.interrupted |= interrupted
+            staged.interrupted |= interrupted and staged.changed
             if staged.writers or staged.unlinked:
                 return
             if staged.draft.error is not None:
@@ -356,7 +355,7 @@ class StagingArea:
 
     def _flush(self, staged: StagedFile, *, interrupted: bool) -> None:
         """A writer is done, as far as it is concerned: from here on a crash publishes or holds."""
-        staged.interrupted |= interrupted
+        staged.interrupted |= interrupted and staged.changed
         if not staged.draft.is_dirty and staged.is_saved and not staged.is_marked:
             if interrupted:
                 self._save(staged)
@@ -366,6 +365,15 @@ class StagingArea:
         if staged.is_marked:
             self._states.unmark_writing(staged.draft_id)
             staged.is_marked = False
+
+    def _mark(self, staged: StagedFile) -> None:
+        """A file is about to change: should the daemon die, the next one is to know."""
+        if staged.is_marked or staged.unlinked:
+            return
+        if not staged.is_saved:  # or nothing would tell that it was there
+            self._save(staged)
+        self._states.mark_writing(staged.draft_id, staged.sequence)
+        staged.is_marked = True
 
     def _persist(self, staged: StagedFile) -> None:
         if staged.draft.error is not None:
