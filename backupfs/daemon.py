@@ -22,7 +22,8 @@ from backupfs.errors import BackupfsError, Busy, MountFailed
 from backupfs.fuse.mount import Mount, mount_device
 from backupfs.fuse.options import MountOptions, parse_mount_options
 from backupfs.repository.repository import cache_folder
-from backupfs.service import STATUS_PATH, Policy, Service
+from backupfs.service import Policy, Service
+from backupfs.staging.drafts import STATUS_PATH
 from backupfs.storage.locate import local_folder
 
 __all__ = ["MountOptions", "mount", "parse_mount_options", "unmount"]

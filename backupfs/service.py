@@ -7,22 +7,16 @@ FUSE, trio, click or Cinder. A verb that returns has made its effect durable.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
+from datetime import datetime
 from typing import Any
 
 from backupfs.ambient import Ambient
 from backupfs.catalogue import Catalogue
+from backupfs.copying import back_up, never, restore
 from backupfs.errors import (
-    AmbiguousBackup,
     BackupExists,
     BackupNotFound,
-    Busy,
-    Cancelled,
-    DraftNotFound,
     InvalidName,
     StorageUnavailable,
     VolumeNotFound,
@@ -33,7 +27,7 @@ from backupfs.format.config import (
     PACK_SIZE_DEFAULT,
     RepositoryConfig,
 )
-from backupfs.format.names import LATEST_NAME, check_volume_name, volume_of
+from backupfs.format.names import check_volume_name, volume_of
 from backupfs.format.record import (
     Description,
     Record,
@@ -58,12 +52,13 @@ from backupfs.repository.rebuild import list_packs
 from backupfs.repository.repository import Repository, init_repository
 from backupfs.repository.verify import Verification
 from backupfs.retention import RetentionPolicy, kept_ids
+from backupfs.selecting import select
 from backupfs.staging.area import StagingArea
-from backupfs.staging.draft import Draft
+from backupfs.staging.drafts import list_drafts, mountpoint_of, publish_through_mount
 from backupfs.staging.events import EventLog
-from backupfs.staging.lifecycle import Policy, State
-from backupfs.staging.publish import LATEST, Publication, publish
-from backupfs.staging.state_store import StateStore, current_holder, host_folder, load_states
+from backupfs.staging.lifecycle import Policy
+from backupfs.staging.publish import LATEST, Publication
+from backupfs.staging.state_store import StateStore
 from backupfs.types import Progress, no_progress
 
 __all__ = [
@@ -86,18 +81,6 @@ __all__ = [
     "VerifyReport",
     "init",
 ]
-
-# What a restore reads, proves and writes at a time.
-RESTORE_SIZE = 4 << 20
-
-# How the command line asks a running mount to publish a draft: an attribute set on the staged file.
-PUBLISH_ATTRIBUTE = "user.backupfs.publish"
-STATUS_PATH = ".backupfs/status.json"
-
-
-def never() -> bool:
-    """For callers that do not cancel."""
-    return False
 
 
 def init(
@@ -174,20 +157,7 @@ class Service:
 
         Raises: BackupNotFound, AmbiguousBackup.
         """
-        record = self.catalogue.get(selector)
-        if record is not None:
-            return record
-        volume, separator, moment = selector.rpartition("@")
-        if separator:
-            found = _at(self.catalogue.backups(volume), moment)
-        else:
-            ids = self.catalogue.ids_starting_with(selector.lower()) if selector else []
-            found = [record for backup_id in ids if (record := self.catalogue.get(backup_id))]
-        if not found:
-            raise BackupNotFound(selector=selector)
-        if len(found) > 1:
-            raise AmbiguousBackup(selector=selector, count=len(found))
-        return found[0]
+        return select(self.catalogue, selector)
 
     def stats(self) -> RepositoryStats:
         """Counts and sizes of the whole repository. Raises: StorageError."""
@@ -234,57 +204,31 @@ class Service:
             InvalidName, ImageTooLarge, BackupExists, SourceFailed, Cancelled, StorageError: there
                 is no backup; what was stored for it is garbage for gc.
         """
-        problem = check_volume_name(volume)
-        if problem:
-            raise InvalidName(name=volume, reason=problem)
-        ambient = self.repository.ambient
+        _check_volume(volume)
         if backup_id is not None:
             backup_id = canonical_backup_id(backup_id)
             if self.catalogue.get(backup_id) is not None:
                 raise BackupExists(backup_id=backup_id)
-        started_at = ambient.now()
-        writer = self.repository.writer()
-        draft = Draft(
-            reader=self.repository.reader,
-            store=writer.store,
-            workers=writer.workers,
-            credit=writer.credit,
+        ambient = self.repository.ambient
+        publication = Publication(
+            volume=volume,
+            parent=parent,
+            backup_id=backup_id or ambient.new_uuid(),
+            data_timestamp=data_timestamp or ambient.now(),
+            source_mtime_ns=source_mtime_ns,
+            source_mode=source_mode,
+            stored_bytes=0,
+            metadata=self.get_metadata(volume) if with_metadata else None,
+            description=description or Description(),
         )
-
-        def checkpoint() -> set[Any]:
-            return {draft.checkpoint().root}
-
-        writer.session.add_checkpoint(checkpoint)
-        try:
-            for offset, data in source.extents():
-                if cancelled():
-                    raise Cancelled(what=f"backup of {source.name!r}")
-                draft.write(offset, data)
-                writer.credit.wait()
-                progress(len(data))
-            draft.truncate(source.size())
-            content = draft.checkpoint()
-            if cancelled():
-                raise Cancelled(what=f"backup of {source.name!r}")
-            with writer.session.holding(content.root):
-                return publish(
-                    self.repository,
-                    self.catalogue,
-                    content,
-                    Publication(
-                        volume=volume,
-                        parent=parent,
-                        backup_id=backup_id or ambient.new_uuid(),
-                        data_timestamp=data_timestamp or started_at,
-                        source_mtime_ns=source_mtime_ns,
-                        source_mode=source_mode,
-                        stored_bytes=draft.take_added_size(),
-                        metadata=self.get_metadata(volume) if with_metadata else None,
-                        description=description or Description(),
-                    ),
-                )
-        finally:
-            writer.session.remove_checkpoint(checkpoint)
+        return back_up(
+            self.repository,
+            self.catalogue,
+            source,
+            publication,
+            progress=progress,
+            cancelled=cancelled,
+        )
 
     def restore(
         self,
@@ -299,20 +243,7 @@ class Service:
         Raises:
             DamageError, TargetFailed, Cancelled, StorageError: the target is not complete.
         """
-        image = self.open_image(record)
-        offset = 0
-        while offset < record.size:
-            if cancelled():
-                raise Cancelled(what=f"restore to {target.name!r}")
-            size = min(RESTORE_SIZE, record.size - offset)
-            for start, data, length in image.extents(offset, size):
-                if data is None:
-                    target.write_hole(start, length)
-                else:
-                    target.write(start, data)
-            progress(size)
-            offset += size
-        target.finish(record.size)
+        restore(self.open_image(record), target, progress=progress, cancelled=cancelled)
 
     def open_image(self, record: Record) -> Image:
         """A backup's bytes, to be read at any place."""
@@ -414,9 +345,7 @@ class Service:
 
     def put_metadata(self, volume: str, metadata: dict[str, Any]) -> None:
         """Replace a volume's metadata. Raises: InvalidName, InvalidMetadata, StorageError."""
-        problem = check_volume_name(volume)
-        if problem:
-            raise InvalidName(name=volume, reason=problem)
+        _check_volume(volume)
         self.repository.metadata.put(volume, metadata)
 
     # -- staging -----------------------------------------------------------------------------------
@@ -438,32 +367,16 @@ class Service:
 
     def drafts(self) -> list[DraftInfo]:
         """What is staged on this host and is not, or not wholly, a backup. Raises: StorageError."""
-        mountpoint = self._mountpoint()
-        if mountpoint is not None:
-            return _drafts_of_mount(mountpoint)
-        folder = host_folder(self.repository.folder, self.repository.ambient)
-        states = load_states(folder, self.repository.ids, chunk_size=self.config.chunk_size)
-        return [
-            DraftInfo(
-                name=state.name,
-                volume=volume_of(state.name),
-                state=State.HELD,
-                reason=state.held or "will be looked at by the next mount",
-                size=state.size,
-                changed_at=state.changed_at,
-            )
-            for state in states
-            if state.changed
-        ]
+        return list_drafts(self.repository)
 
     def publish(self, name: str) -> Record:
         """Publish what is staged as ``name``, whatever speaks against it.
 
         Raises: DraftNotFound, NothingToPublish, Busy, StorageError.
         """
-        mountpoint = self._mountpoint()
+        mountpoint = mountpoint_of(self.repository)
         if mountpoint is not None:
-            self._publish_through_mount(mountpoint, name)
+            publish_through_mount(mountpoint, name)
             self.catalogue.refresh()
             record = self.catalogue.latest(volume_of(name))
             if record is None:
@@ -475,15 +388,6 @@ class Service:
         finally:
             area.close()
 
-    def _publish_through_mount(self, mountpoint: str, name: str) -> None:
-        path = Path(mountpoint) / "staging" / name
-        try:
-            os.setxattr(path, PUBLISH_ATTRIBUTE, b"1")
-        except FileNotFoundError as error:
-            raise DraftNotFound(name=name) from error
-        except OSError as error:
-            raise StorageUnavailable(reason=f"the mount refused: {error.strerror}") from error
-
     def _take_states(self, mountpoint: str | None) -> StateStore:
         return StateStore.open(
             self.repository.folder,
@@ -493,47 +397,8 @@ class Service:
             mountpoint=mountpoint,
         )
 
-    def _mountpoint(self) -> str | None:
-        """Where this repository is mounted on this host; None where it is not."""
-        found = current_holder(host_folder(self.repository.folder, self.repository.ambient))
-        if found is None:
-            return None
-        if found.mountpoint is None:
-            raise Busy(what="the staging area", holder=f"process {found.process_id}")
-        return found.mountpoint
 
-
-def _at(backups: list[Record], moment: str) -> list[Record]:
-    """The backups that a timestamp, or the start of one, or "latest", stands for."""
-    if moment in ("latest", LATEST_NAME):
-        return backups[-1:]
-    with contextlib.suppress(ValueError):
-        exact = datetime.fromisoformat(moment)
-        if "T" in moment and exact.tzinfo is not None:
-            at = exact.astimezone(UTC).replace(microsecond=0)
-            same = [record for record in backups if record.data_timestamp == at]
-            if same:
-                return same
-    named = [record for record in backups if record.name.removesuffix(".img") == moment]
-    if named:
-        return named
-    plain = moment.removesuffix(".img")
-    return [record for record in backups if plain and record.name.startswith(plain)]
-
-
-def _drafts_of_mount(mountpoint: str) -> list[DraftInfo]:
-    try:
-        status = json.loads((Path(mountpoint) / STATUS_PATH).read_text())
-    except (OSError, ValueError) as error:
-        raise StorageUnavailable(reason=f"the mount at {mountpoint!r} does not answer") from error
-    return [
-        DraftInfo(
-            name=item["name"],
-            volume=item["volume"],
-            state=item["state"],
-            reason=item["reason"],
-            size=item["size"],
-            changed_at=datetime.fromisoformat(item["changed_at"]),
-        )
-        for item in status["drafts"]
-    ]
+def _check_volume(volume: str) -> None:
+    problem = check_volume_name(volume)
+    if problem:
+        raise InvalidName(name=volume, reason=problem)

@@ -40,8 +40,9 @@ from backupfs.fuse.openers import was_killed
 from backupfs.fuse.texts import Texts
 from backupfs.fuse.threads import Threads
 from backupfs.repository.images import Root
-from backupfs.service import PUBLISH_ATTRIBUTE, Image, Service, StagingArea
+from backupfs.service import Image, Service, StagingArea
 from backupfs.staging.area import WriteHandle
+from backupfs.staging.drafts import PUBLISH_ATTRIBUTE
 from backupfs.staging.lifecycle import is_temporary
 
 log = logging.getLogger(__name__)

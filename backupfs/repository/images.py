@@ -31,6 +31,9 @@ class Root:
 
 EMPTY = Root(HOLE, 1)
 
+# Told of a node that cannot be read: its id, its level, the first chunk below it, and why.
+OnDamage = Callable[[BlobId, int, int, DamageError], None]
+
 
 def leaf_ids(reader: BlobReader, root: Root, first: int, count: int) -> list[BlobId]:
     """Ids of ``count`` chunks from chunk ``first``; beyond the tree, and in holes, ``HOLE``.
@@ -90,7 +93,7 @@ def walk(
     root: Root,
     *,
     enter: Callable[[BlobId, int], bool],
-    on_damage: Callable[[BlobId, int, int, DamageError], None] | None = None,
+    on_damage: OnDamage | None = None,
 ) -> Iterator[tuple[int, Sequence[BlobId]]]:
     """(index of the first chunk, ids of its leaf's chunks) of each leaf node entered.
 

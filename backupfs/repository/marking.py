@@ -14,7 +14,7 @@ from backupfs.errors import CorruptObject
 from backupfs.format.draft_state import STATE_SIZE_MAX, decode_draft_state
 from backupfs.format.ids import IdScheme
 from backupfs.repository.blobs import BlobReader
-from backupfs.repository.images import Root, walk
+from backupfs.repository.images import OnDamage, Root, walk
 from backupfs.repository.index import Index
 from backupfs.storage.oserrors import translated
 from backupfs.types import HOLE, BlobId, PackId
@@ -59,15 +59,16 @@ class Marker:
         self._entered: set[bytes] = set()
         self.reached = Reached()
 
-    def mark(self, roots: Iterable[Root]) -> None:
+    def mark(self, roots: Iterable[Root], on_damage: OnDamage | None = None) -> None:
         """Mark all that ``roots`` reach.
 
         Raises:
-            DamageError: a node cannot be read, so what lies below it is unknown.
+            DamageError: a node cannot be read, so what lies below it is unknown; with
+                ``on_damage`` that is told instead (see ``images.walk``).
             StorageError
         """
         for root in roots:
-            for _first, ids in walk(self._reader, root, enter=self._enter):
+            for _first, ids in walk(self._reader, root, enter=self._enter, on_damage=on_damage):
                 self._locate([blob_id for blob_id in ids if blob_id != HOLE])
 
     def _enter(self, blob_id: BlobId, _level: int) -> bool:

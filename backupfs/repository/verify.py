@@ -19,10 +19,10 @@ from backupfs.format.pack import PackEntry, pack_name
 from backupfs.format.record import Record
 from backupfs.repository.blobs import RANGE_SIZE_MAX
 from backupfs.repository.images import Root, walk
-from backupfs.repository.marking import Reached
+from backupfs.repository.marking import Marker
 from backupfs.repository.rebuild import list_packs, read_footer
 from backupfs.repository.repository import Repository
-from backupfs.types import HOLE, BlobId, PackId, Progress
+from backupfs.types import BlobId, PackId, Progress
 
 READERS = 2
 
@@ -45,8 +45,7 @@ class Verification:
         self._repository = repository
         self._progress = progress
         self._progress_lock = threading.Lock()
-        self._reached = Reached()
-        self._entered: set[bytes] = set()
+        self._marker = Marker(repository.reader, repository.index)
         self._bad: dict[BlobId, tuple[str, str]] = {}  # blob -> (object, reason)
         self.findings: list[Finding] = []
         self.bytes_checked = 0
@@ -54,8 +53,10 @@ class Verification:
     def run(self, records: Sequence[Record], *, quick: bool) -> None:
         """Check ``records``; with ``quick`` data are only looked up. Raises: StorageError."""
         self.note_objects(self._repository.refresh_index())
-        for record in records:
-            self._walk(record)
+        roots = (Root(record.root, record.height) for record in records)
+        self._marker.mark(roots, on_damage=self._bad_node)
+        for blob_id in self._marker.reached.missing:
+            self._bad.setdefault(blob_id, ("no pack", "it is not in any pack"))
         if not quick:
             self._read_packs()
         if self._bad:
@@ -81,41 +82,19 @@ class Verification:
             for error in damage
         )
 
-    def _walk(self, record: Record) -> None:
-        root = Root(record.root, record.height)
-        reader = self._repository.reader
-        for _first, ids in walk(reader, root, enter=self._enter, on_damage=self._bad_node):
-            self._locate([blob_id for blob_id in ids if blob_id != HOLE])
-
-    def _enter(self, blob_id: BlobId, _level: int) -> bool:
-        key = blob_id[:16]
-        if key in self._entered:
-            return False
-        self._entered.add(key)
-        self._locate([blob_id])
-        return True
-
     def _bad_node(self, blob_id: BlobId, _level: int, _first: int, error: DamageError) -> None:
         pack_id = error.fields.get("pack_id", "no pack")
         self._bad[blob_id] = (f"packs/…/{pack_id}", str(error))
 
-    def _locate(self, blob_ids: list[BlobId]) -> None:
-        locations = self._repository.index.find_many(blob_ids)
-        for blob_id, location in zip(blob_ids, locations, strict=True):
-            if location is None:
-                self._bad.setdefault(blob_id, ("no pack", "it is not in any pack"))
-            else:
-                self._reached.add(location.pack_id, location.offset)
-
     def _read_packs(self) -> None:
         sizes = list_packs(self._repository.storage)
         with ThreadPoolExecutor(READERS, thread_name_prefix="verify") as pool:
-            for pack_id in sorted(self._reached.packs()):
+            for pack_id in sorted(self._marker.reached.packs()):
                 entries = self._entries(pack_id, sizes.get(pack_id, 0))
                 list(pool.map(lambda group, p=pack_id: self._check(p, group), _groups(entries)))
 
     def _entries(self, pack_id: PackId, size: int) -> list[PackEntry]:
-        offsets = self._reached.offsets(pack_id)
+        offsets = self._marker.reached.offsets(pack_id)
         try:
             entries = read_footer(self._repository.storage, self._repository.ids, pack_id, size)
         except CorruptObject as error:

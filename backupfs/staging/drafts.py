@@ -1,0 +1,86 @@
+"""What is staged on this host, seen from outside the process that holds it.
+
+While a repository is mounted its daemon owns the drafts: it is asked through the mount itself, by
+its status file and by an attribute set on a staged file. Otherwise the kept states are read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import datetime
+from pathlib import Path
+
+from backupfs.errors import Busy, DraftNotFound, StorageUnavailable
+from backupfs.format.names import volume_of
+from backupfs.reports import DraftInfo
+from backupfs.repository.repository import Repository
+from backupfs.staging.lifecycle import State
+from backupfs.staging.state_store import current_holder, host_folder, load_states
+
+PUBLISH_ATTRIBUTE = "user.backupfs.publish"
+STATUS_PATH = ".backupfs/status.json"
+
+
+def mountpoint_of(repository: Repository) -> str | None:
+    """Where the repository is mounted on this host; None where it is not.
+
+    Raises:
+        Busy: another process holds the drafts for a moment, without a mount.
+    """
+    found = current_holder(host_folder(repository.folder, repository.ambient))
+    if found is None:
+        return None
+    if found.mountpoint is None:
+        raise Busy(what="the staging area", holder=f"process {found.process_id}")
+    return found.mountpoint
+
+
+def list_drafts(repository: Repository) -> list[DraftInfo]:
+    """What is staged and is not, or not wholly, a backup. Raises: Busy, StorageError."""
+    mountpoint = mountpoint_of(repository)
+    if mountpoint is not None:
+        return _drafts_of_mount(mountpoint)
+    folder = host_folder(repository.folder, repository.ambient)
+    states = load_states(folder, repository.ids, chunk_size=repository.config.chunk_size)
+    return [
+        DraftInfo(
+            name=state.name,
+            volume=volume_of(state.name),
+            state=State.HELD,
+            reason=state.held or "will be looked at by the next mount",
+            size=state.size,
+            changed_at=state.changed_at,
+        )
+        for state in states
+        if state.changed
+    ]
+
+
+def publish_through_mount(mountpoint: str, name: str) -> None:
+    """Have the daemon publish a draft; done on return. Raises: DraftNotFound, StorageUnavailable."""
+    path = Path(mountpoint) / "staging" / name
+    try:
+        os.setxattr(path, PUBLISH_ATTRIBUTE, b"1")
+    except FileNotFoundError as error:
+        raise DraftNotFound(name=name) from error
+    except OSError as error:
+        raise StorageUnavailable(reason=f"the mount refused: {error.strerror}") from error
+
+
+def _drafts_of_mount(mountpoint: str) -> list[DraftInfo]:
+    try:
+        status = json.loads((Path(mountpoint) / STATUS_PATH).read_text())
+    except (OSError, ValueError) as error:
+        raise StorageUnavailable(reason=f"the mount at {mountpoint!r} does not answer") from error
+    return [
+        DraftInfo(
+            name=item["name"],
+            volume=item["volume"],
+            state=item["state"],
+            reason=item["reason"],
+            size=item["size"],
+            changed_at=datetime.fromisoformat(item["changed_at"]),
+        )
+        for item in status["drafts"]
+    ]
