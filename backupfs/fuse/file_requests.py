@@ -1,0 +1,167 @@
+"""Requests about open files: reading, writing, and what a close makes durable or publishes."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
+
+from backupfs.fuse import handles
+from backupfs.fuse.handles import (
+    BackupHandle,
+    Handle,
+    StagedReader,
+    StagedWriter,
+    TextReader,
+    TextWriter,
+)
+from backupfs.fuse.layout import RECORD_SUFFIX, Entry, Kind
+from backupfs.fuse.openers import was_killed
+from backupfs.fuse.requests import Requests, answered, staged_entry, text_of
+from backupfs.repository.images import Root
+from backupfs.service import Image
+from backupfs.staging.lifecycle import is_temporary
+
+
+class FileRequests(Requests):
+    """Handlers of open files."""
+
+    # -- open files --------------------------------------------------------------------------------
+
+    @answered
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        parent = self._entry(parent_inode)
+        if parent.kind is Kind.STAGING:
+            writer = await self._create_staged(parent, name, mode, ctx)
+            info = self._opened(writer, direct=_is_write_only(flags))
+            return info, await self._stat(staged_entry(writer.handle))
+        self._writable()
+        text = text_of(name)
+        if parent.kind is not Kind.BACKUPS or not _may_be_sidecar(text):
+            raise FUSEError(errno.EPERM)
+        entry = Entry(Kind.SIDECAR, text)
+        sidecar = TextWriter(entry, handles.RECORD_TEXT_SIZE_MAX)
+        self._sidecars[text] = sidecar
+        return self._opened(sidecar, direct=True), await self._stat(entry)
+
+    @answered
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        entry = self._entry(inode)
+        writing = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
+        if entry.kind is Kind.STAGED:
+            assert entry.staged is not None
+            if not writing:
+                return self._opened(StagedReader(entry.staged))
+            handle = await self.threads.slow(
+                self._writable().open_write, entry.staged, truncate=bool(flags & os.O_TRUNC)
+            )
+            # direct_io takes 1 MiB at a time; who may mmap for writing needs the page cache.
+            return self._opened(StagedWriter(handle, ctx.pid), direct=_is_write_only(flags))
+        if writing:
+            return await self._open_text_writer(entry, bool(flags & os.O_TRUNC))
+        if entry.kind is Kind.BACKUP:
+            return self._open_backup(entry)
+        return self._opened(TextReader(await self._content(entry)), direct=True)
+
+    def _open_backup(self, entry: Entry) -> FileInfo:
+        record = self._service.resolve(entry.key)
+        root = Root(record.root, record.height)
+        if self._area is not None:
+            self._service.repository.writer().session.hold(root)
+        # An image never changes, so the pages the kernel has of it stay good.
+        return self._opened(BackupHandle(self._service.open_image(record), root), keep=True)
+
+    async def _open_text_writer(self, entry: Entry, truncate: bool) -> FileInfo:
+        self._writable()
+        if entry.kind not in (Kind.METADATA, Kind.RECORD, Kind.SIDECAR):
+            raise FUSEError(errno.EACCES)
+        if entry.kind is Kind.SIDECAR and entry.key in self._sidecars:
+            writer = self._sidecars[entry.key]
+        else:
+            is_metadata = entry.kind is Kind.METADATA
+            limit = handles.METADATA_TEXT_SIZE_MAX if is_metadata else handles.RECORD_TEXT_SIZE_MAX
+            writer = TextWriter(entry, limit)
+            if not truncate:
+                writer.buffer[:] = await self._content(entry)
+        if truncate:
+            writer.buffer.clear()
+        return self._opened(writer, direct=True)
+
+    @answered
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        handle = self._handles[fh]
+        if isinstance(handle, BackupHandle):
+            return await self._read_image(handle.image, off, size)
+        if isinstance(handle, (StagedReader, StagedWriter)):
+            return await self.threads.read(handle.staged.draft.read, off, size)
+        content = handle.content if isinstance(handle, TextReader) else bytes(handle.buffer)
+        return content[off : off + size]
+
+    async def _read_image(self, image: Image, offset: int, size: int) -> bytes:
+        data = image.read_cached(offset, size)
+        if data is None:
+            data = await self.threads.read(image.read, offset, size)
+        return data
+
+    @answered
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        handle = self._handles[fh]
+        if isinstance(handle, StagedWriter):
+            area, staged = self._writable(), handle.staged
+            if staged.is_marked:
+                area.note_write(handle.handle)
+            else:
+                await self.threads.slow(area.note_write, handle.handle)
+            staged.draft.write(off, buf)
+            # Back-pressure: an unthrottled loop would keep the interpreter from the workers.
+            await self.threads.below(self._service.repository.writer().credit)
+        elif isinstance(handle, TextWriter):
+            handle.write(off, buf)
+        else:
+            raise FUSEError(errno.EBADF)
+        return len(buf)
+
+    @answered
+    async def flush(self, fh: int) -> None:
+        handle = self._handles[fh]
+        if isinstance(handle, StagedWriter):
+            interrupted = was_killed(handle.opener)
+            await self.threads.slow(self._writable().flush, handle.handle, interrupted=interrupted)
+        elif isinstance(handle, TextWriter) and handle.is_complete():
+            await self._take_in(handle)
+
+    @answered
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        handle = self._handles[fh]
+        if isinstance(handle, StagedWriter):
+            await self.threads.slow(self._writable().sync, handle.handle)
+
+    @answered
+    async def release(self, fh: int) -> None:
+        handle = self._handles.pop(fh)
+        if isinstance(handle, StagedWriter):
+            interrupted = was_killed(handle.opener)
+            async with self._a_publish():
+                await self.threads.slow(
+                    self._writable().release, handle.handle, interrupted=interrupted
+                )
+        elif isinstance(handle, BackupHandle) and self._area is not None:
+            self._service.repository.writer().session.let_go(handle.root)
+        elif isinstance(handle, TextWriter) and not is_temporary(handle.entry.key):
+            self._sidecars.pop(handle.entry.key, None)
+
+    def _opened(self, handle: Handle, *, direct: bool = False, keep: bool = False) -> FileInfo:
+        number = self._new_handle()
+        self._handles[number] = handle
+        return FileInfo(fh=number, direct_io=direct, keep_cache=keep)
+
+
+def _is_write_only(flags: int) -> bool:
+    return flags & os.O_ACCMODE == os.O_WRONLY
+
+
+def _may_be_sidecar(name: str) -> bool:
+    return name.endswith(RECORD_SUFFIX) or (is_temporary(name) and RECORD_SUFFIX in name)

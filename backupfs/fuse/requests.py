@@ -1,0 +1,203 @@
+"""What all requests of the kernel share: from inodes to entries, and how a request ends.
+
+A handler ends with an answer or a FUSEError, whatever happens: anything else would end the mount.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import logging
+import stat
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import pyfuse3
+import trio
+from pyfuse3 import EntryAttributes, FUSEError, RequestContext
+
+from backupfs.errors import BackupfsError
+from backupfs.fuse import handles
+from backupfs.fuse.attributes import Attributes
+from backupfs.fuse.errno_table import errno_of
+from backupfs.fuse.handles import (
+    Handle,
+    StagedWriter,
+    TextWriter,
+)
+from backupfs.fuse.inodes import Inodes
+from backupfs.fuse.layout import Entry, Kind, Layout
+from backupfs.fuse.texts import Texts
+from backupfs.fuse.threads import Threads
+from backupfs.service import Service, StagingArea
+from backupfs.staging.area import WriteHandle
+from backupfs.staging.lifecycle import is_temporary
+
+log = logging.getLogger(__name__)
+
+Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
+
+_MADE = {Kind.README, Kind.STATUS, Kind.EVENTS, Kind.RECORD, Kind.METADATA}
+
+
+def answered(handler: Handler) -> Handler:
+    """A handler whose errors all become an errno."""
+
+    @functools.wraps(handler)
+    async def guarded(*arguments: Any, **named: Any) -> Any:
+        try:
+            return await handler(*arguments, **named)
+        except BackupfsError as error:
+            code = errno_of(error)
+            log.log(logging.ERROR if code == errno.EIO else logging.INFO, "%s", error)
+            raise FUSEError(code) from error
+        except (FUSEError, trio.Cancelled):
+            raise
+        except Exception:  # a bug must cost one request, not the mount
+            log.exception("%s failed", handler.__name__)
+            raise FUSEError(errno.EIO) from None
+
+    return guarded  # type: ignore[return-value]
+
+
+class Requests(pyfuse3.Operations):
+    """The state of one mount, for the handlers. Used by the event loop only."""
+
+    supports_dot_lookup = True
+    enable_writeback_cache = False
+    enable_acl = False
+
+    def __init__(
+        self,
+        *,
+        service: Service,
+        area: StagingArea | None,
+        layout: Layout,
+        inodes: Inodes,
+        attributes: Attributes,
+        texts: Texts,
+    ) -> None:
+        super().__init__()
+        self._service = service
+        self._area = area
+        self._layout = layout
+        self._inodes = inodes
+        self._attributes = attributes
+        self._texts = texts
+        self._handles: dict[int, Handle] = {}
+        self._folder_handles: dict[int, list[tuple[str, Entry]] | Entry] = {}
+        self._next_handle = 1
+        self._sidecars: dict[str, TextWriter] = {}
+        self._publishing: set[trio.Event] = set()
+        self.threads: Threads  # set inside the event loop, before the first request
+
+    def _entry(self, inode: int) -> Entry:
+        entry = self._inodes.entry(inode)
+        if entry is None:
+            raise FUSEError(errno.ESTALE)
+        return entry
+
+    def _child(self, parent: Entry, name: bytes) -> Entry:
+        text = text_of(name)
+        entry = self._layout.child(parent, text)
+        if entry is None and parent.kind is Kind.BACKUPS and text in self._sidecars:
+            entry = Entry(Kind.SIDECAR, text)
+        if entry is None:
+            raise FUSEError(errno.ENOENT)
+        return entry
+
+    async def _stat(self, entry: Entry) -> EntryAttributes:
+        attributes = await self._stat_or_none(entry)
+        if attributes is None:
+            raise FUSEError(errno.ENOENT)
+        return attributes
+
+    async def _stat_or_none(self, entry: Entry) -> EntryAttributes | None:
+        text_size = 0
+        if entry.kind is Kind.SIDECAR:
+            writer = self._sidecars.get(entry.key)
+            text_size = len(writer.buffer) if writer else 0
+        elif entry.kind in _MADE:
+            if entry.kind is Kind.RECORD and self._service.catalogue.get(entry.key) is None:
+                return None
+            text_size = len(await self._content(entry))
+        return self._attributes.of(entry, text_size=text_size)
+
+    async def _content(self, entry: Entry) -> bytes:
+        if entry.kind is Kind.SIDECAR:
+            return bytes(self._sidecars[entry.key].buffer)
+        if entry.kind not in _MADE:
+            raise FUSEError(errno.EACCES)
+        if entry.kind is Kind.METADATA:  # the one that only the disk knows
+            return await self.threads.slow(self._texts.content, entry)
+        return self._texts.content(entry)
+
+    def _new_handle(self) -> int:
+        self._next_handle += 1
+        return self._next_handle
+
+    def _writable(self) -> StagingArea:
+        if self._area is None:
+            raise FUSEError(errno.EROFS)
+        return self._area
+
+    @staticmethod
+    def _path(folder: Entry, name: bytes) -> str:
+        text = text_of(name)
+        return f"{folder.key}/{text}" if folder.key else text
+
+    @contextlib.asynccontextmanager
+    async def _a_publish(self) -> AsyncIterator[None]:
+        """Something that may publish is under way; counted from before the first await."""
+        event = trio.Event()
+        self._publishing.add(event)
+        try:
+            yield
+        finally:
+            self._publishing.discard(event)
+            event.set()
+
+    async def _published(self) -> None:
+        """Wait for what began to publish before now; what begins later is not waited for."""
+        for event in list(self._publishing):
+            await event.wait()
+
+    async def _create_staged(
+        self, parent: Entry, name: bytes, mode: int, ctx: RequestContext
+    ) -> StagedWriter:
+        handle = await self.threads.slow(
+            self._writable().create,
+            self._path(parent, name),
+            mode=stat.S_IMODE(mode),
+            uid=ctx.uid,
+            gid=ctx.gid,
+        )
+        return StagedWriter(handle, ctx.pid)
+
+    async def _take_in(self, writer: TextWriter) -> None:
+        """A small file was closed: check it and keep it, or say why not."""
+        assert self._area is not None
+        if writer.entry.kind is Kind.METADATA:
+            take_in, name = handles.put_metadata, f"{writer.entry.key}/metadata.json"
+        elif is_temporary(writer.entry.key):
+            return  # taken in when it is renamed
+        else:
+            take_in, name = handles.put_record, f"backups/{writer.entry.key}"
+        try:
+            await self.threads.slow(take_in, self._service, writer)
+        except BackupfsError as error:
+            self._area.events.add("refused", name, str(error))
+            raise
+        self._area.events.add("took in", name)
+
+
+def text_of(name: bytes) -> str:
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        raise FUSEError(errno.EINVAL) from None
+
+
+def staged_entry(handle: WriteHandle) -> Entry:
+    return Entry(Kind.STAGED, handle.staged.draft_id, handle.staged)
