@@ -27,9 +27,10 @@ from backupfs.repository.images import Root
 from backupfs.repository.repository import Repository
 from backupfs.staging.draft import NO_CONTENT, Content, Draft
 from backupfs.staging.events import EventLog
+from backupfs.staging.keeper import Keeper, load_staged
 from backupfs.staging.lifecycle import Policy, State, decide, is_rsync_temporary
 from backupfs.staging.publish import Publication, publish
-from backupfs.staging.staged_file import StagedFile, root_of
+from backupfs.staging.staged_file import StagedFile
 from backupfs.staging.state_store import StateStore
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class StagingArea:
         self._policy = policy
         self._ambient = repository.ambient
         self.events = events
+        self._keeper = Keeper(states, events)
         self._writer = repository.writer()
         self._lock = threading.RLock()
         self._files: dict[str, StagedFile] = {}
@@ -75,7 +77,7 @@ class StagingArea:
             with staged.lock:
                 try:
                     if staged.draft.is_dirty:
-                        self._persist(staged)
+                        self._keeper.persist(staged)
                 except BackupfsError as error:
                     self.events.add("could not keep", staged.name, str(error))
         self._writer.session.remove_checkpoint(self._checkpoint_all)
@@ -145,7 +147,7 @@ class StagingArea:
                 staged.renamed = True
                 if staged.volume != volume and (staged.size or staged.written):
                     staged.changed = True
-                self._save(staged)
+                self._keeper.save(staged)
                 del self._files[old]
                 self._files[new] = staged
                 if replaced is not None:
@@ -187,7 +189,7 @@ class StagingArea:
         """The content is about to change through ``handle``. Quick, but for the first time after a
         flush (see ``is_marked``), when a file is written."""
         staged = handle.staged
-        self._mark(staged)
+        self._keeper.mark(staged)
         staged.content_changed(self._ambient.now())
         staged.written = True
         handle.ends_sized = False
@@ -199,14 +201,14 @@ class StagingArea:
                 handle.ends_sized = True
             if size == staged.size:
                 return
-            self._mark(staged)
+            self._keeper.mark(staged)
             if size:
                 staged.draft.truncate(size)
                 staged.content_changed(self._ambient.now())
             else:
                 self._clear(staged)
             if handle is None and not staged.writers:
-                self._flush(staged, interrupted=False)
+                self._keeper.flush(staged, interrupted=False)
                 self._decide(staged)
 
     def flush(self, handle: WriteHandle, *, interrupted: bool) -> None:
@@ -219,12 +221,12 @@ class StagingArea:
             if handle.ends_sized and not interrupted:
                 staged.interrupted = staged.left_partial = False
                 staged.failure = ""
-            self._flush(staged, interrupted=interrupted)
+            self._keeper.flush(staged, interrupted=interrupted)
 
     def sync(self, handle: WriteHandle) -> None:
         """What fsync(2) waits for. The copy goes on: this is no close. Raises: BackupfsError."""
         with handle.staged.lock:
-            self._persist(handle.staged)
+            self._keeper.persist(handle.staged)
 
     def release(self, handle: WriteHandle, *, interrupted: bool) -> None:
         """The handle is gone; the last one's release may publish. Keeps its errors to itself."""
@@ -240,7 +242,7 @@ class StagingArea:
             try:
                 # A writer through mmap may change pages after its last close.
                 if staged.draft.is_dirty or staged.is_marked or not staged.is_saved:
-                    self._flush(staged, interrupted=staged.interrupted)
+                    self._keeper.flush(staged, interrupted=staged.interrupted)
                 self._decide(staged)
             except BackupfsError as error:
                 self._hold(staged, f"publishing failed: {error}")
@@ -265,7 +267,7 @@ class StagingArea:
             if mtime_ns is not None:
                 staged.mtime_ns, staged.mtime_given = mtime_ns, True
             if staged.is_saved and not staged.writers and not staged.unlinked:
-                self._save(staged)
+                self._keeper.save(staged)
 
     # -- publishing --------------------------------------------------------------------------------
 
@@ -278,7 +280,7 @@ class StagingArea:
         with staged.lock:
             if staged.volume is None:
                 raise InvalidName(name=name, reason="a temporary name; rename it first")
-            self._flush(staged, interrupted=False)
+            self._keeper.flush(staged, interrupted=False)
             record = self._decide(staged, explicit=True)
             if record is None:
                 raise NothingToPublish(name=name)
@@ -314,7 +316,7 @@ class StagingArea:
         if decision.state is State.SETTLING:
             staged.settle_at = self._ambient.monotonic() + self._policy.settle_seconds
         if decision.state is State.HELD:
-            self._save(staged)
+            self._keeper.save(staged)
             if before is not State.HELD:
                 self.events.add("held", staged.name, decision.reason)
         return None
@@ -339,7 +341,7 @@ class StagingArea:
                 ),
             )
         staged.became_backup(record.backup_id, self._ambient.new_uuid())
-        self._save(staged)
+        self._keeper.save(staged)
         self.events.add("published", staged.name, f"{record.backup_id} as {record.name}")
         return record
 
@@ -347,50 +349,11 @@ class StagingArea:
         staged.state, staged.reason, staged.settle_at = State.HELD, reason, None
         self.events.add("held", staged.name, reason)
         try:
-            self._save(staged)
+            self._keeper.save(staged)
         except StorageError as error:
             self.events.add("could not keep the state of", staged.name, str(error))
 
     # -- durability --------------------------------------------------------------------------------
-
-    def _flush(self, staged: StagedFile, *, interrupted: bool) -> None:
-        """A writer is done, as far as it is concerned: from here on a crash publishes or holds."""
-        staged.interrupted |= interrupted and staged.changed
-        if not staged.draft.is_dirty and staged.is_saved and not staged.is_marked:
-            if interrupted:
-                self._save(staged)
-            return
-        staged.sequence += 1
-        self._persist(staged)
-        if staged.is_marked:
-            self._states.unmark_writing(staged.draft_id)
-            staged.is_marked = False
-
-    def _mark(self, staged: StagedFile) -> None:
-        """A file is about to change: should the daemon die, the next one is to know."""
-        if staged.is_marked or staged.unlinked:
-            return
-        if not staged.is_saved:  # or nothing would tell that it was there
-            self._save(staged)
-        self._states.mark_writing(staged.draft_id, staged.sequence)
-        staged.is_marked = True
-
-    def _persist(self, staged: StagedFile) -> None:
-        if staged.draft.error is not None:
-            raise staged.draft.error
-        try:
-            staged.draft.checkpoint()
-        except BackupfsError as error:
-            staged.failure = str(error)
-            self.events.add("lost a write to", staged.name, str(error))
-            raise
-        staged.stored_bytes += staged.draft.take_added_size()
-        self._save(staged)
-
-    def _save(self, staged: StagedFile) -> None:
-        if not staged.unlinked:
-            self._states.save(staged.to_state(staged.draft.saved))
-            staged.is_saved = True
 
     def _checkpoint_all(self) -> set[Root]:
         """For gc: nothing that was built so far may be known to memory only."""
@@ -414,14 +377,7 @@ class StagingArea:
 
     def _recover(self) -> None:
         """Take up what an earlier daemon left: publish what was complete, hold the rest."""
-        for state in sorted(self._states.load_all(), key=lambda state: state.changed_at):
-            staged = StagedFile.from_state(
-                state,
-                self._new_draft(
-                    Content(root=root_of(state), size=state.size, data_count=state.data_count)
-                ),
-            )
-            self._place(staged)
+        self._files = load_staged(self._states, self._new_draft)
         for staged in self.files():
             with staged.lock:
                 try:
@@ -429,26 +385,11 @@ class StagingArea:
                 except BackupfsError as error:
                     self._hold(staged, f"publishing failed: {error}")
 
-    def _place(self, staged: StagedFile) -> None:
-        """Two states of one name: a rename was cut short, and the newer has replaced the older."""
-        older = self._files.pop(staged.name, None)
-        self._files[staged.name] = staged
-        if older is None:
-            return
-        if not older.changed:
-            self._states.remove(older.draft_id)
-            return
-        folder, _, name = older.name.rpartition("/")
-        kept = f"{name[:50]}.replaced-{older.draft_id[:6]}.part"  # at most 225 bytes
-        older.name = f"{folder}/{kept}" if folder else kept
-        self._files[older.name] = older
-        self._save(older)
-
     def _take_up(self, staged: StagedFile) -> None:
         published = self._catalogue.get(staged.next_id)
         if published is not None and published.root == staged.draft.saved.root.root:
             staged.became_backup(published.backup_id, self._ambient.new_uuid())
-            self._save(staged)
+            self._keeper.save(staged)
         elif self._states.was_writing(staged.draft_id, staged.sequence):
             staged.changed = staged.interrupted = True
             self._hold(staged, "backupfs ended while it was being written")

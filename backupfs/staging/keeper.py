@@ -1,0 +1,90 @@
+"""Makes staged files durable, with their own state, and finds them again at the next start.
+
+The caller holds the staged file's lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from backupfs.errors import BackupfsError
+from backupfs.staging.draft import Content, Draft
+from backupfs.staging.events import EventLog
+from backupfs.staging.staged_file import StagedFile, root_of
+from backupfs.staging.state_store import StateStore
+
+
+class Keeper:
+    """What is durable of a staged file, and when."""
+
+    def __init__(self, states: StateStore, events: EventLog) -> None:
+        self._states = states
+        self._events = events
+
+    def flush(self, staged: StagedFile, *, interrupted: bool) -> None:
+        """A writer is done, as far as it is concerned: from here on a crash publishes or holds."""
+        staged.interrupted |= interrupted and staged.changed
+        if not staged.draft.is_dirty and staged.is_saved and not staged.is_marked:
+            if interrupted:
+                self.save(staged)
+            return
+        staged.sequence += 1
+        self.persist(staged)
+        if staged.is_marked:
+            self._states.unmark_writing(staged.draft_id)
+            staged.is_marked = False
+
+    def mark(self, staged: StagedFile) -> None:
+        """A file is about to change: should the daemon die, the next one is to know."""
+        if staged.is_marked or staged.unlinked:
+            return
+        if not staged.is_saved:  # or nothing would tell that it was there
+            self.save(staged)
+        self._states.mark_writing(staged.draft_id, staged.sequence)
+        staged.is_marked = True
+
+    def persist(self, staged: StagedFile) -> None:
+        if staged.draft.error is not None:
+            raise staged.draft.error
+        try:
+            staged.draft.checkpoint()
+        except BackupfsError as error:
+            staged.failure = str(error)
+            self._events.add("lost a write to", staged.name, str(error))
+            raise
+        staged.stored_bytes += staged.draft.take_added_size()
+        self.save(staged)
+
+    def save(self, staged: StagedFile) -> None:
+        if not staged.unlinked:
+            self._states.save(staged.to_state(staged.draft.saved))
+            staged.is_saved = True
+
+
+def load_staged(
+    states: StateStore, make_draft: Callable[[Content], Draft]
+) -> dict[str, StagedFile]:
+    """The staged files whose states were kept, by name. Raises: StorageError."""
+    files: dict[str, StagedFile] = {}
+    for state in sorted(states.load_all(), key=lambda state: state.changed_at):
+        content = Content(root=root_of(state), size=state.size, data_count=state.data_count)
+        staged = StagedFile.from_state(state, make_draft(content))
+        older = files.pop(staged.name, None)
+        files[staged.name] = staged
+        if older is None:
+            continue
+        # Two states of one name: a rename was cut short, and the newer has replaced the older.
+        if older.changed:
+            older.name = _name_aside(older)
+            files[older.name] = older
+            states.save(older.to_state(older.draft.saved))
+        else:
+            states.remove(older.draft_id)
+    return files
+
+
+def _name_aside(staged: StagedFile) -> str:
+    """A temporary name beside the one that another file has now; at most 225 bytes in its part."""
+    folder, _, name = staged.name.rpartition("/")
+    kept = f"{name[:50]}.replaced-{staged.draft_id[:6]}.part"
+    return f"{folder}/{kept}" if folder else kept
