@@ -46,6 +46,7 @@ def back_up(
         store=writer.store,
         workers=writer.workers,
         credit=writer.credit,
+        share=writer.open_share,
     )
 
     def checkpoint() -> set[Root]:
@@ -66,6 +67,7 @@ def back_up(
             return publish(repository, catalogue, content, added)
     finally:
         writer.session.remove_checkpoint(checkpoint)
+        draft.clear()  # gives back what it holds in memory, however this ended
 
 
 def restore(

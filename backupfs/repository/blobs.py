@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 from backupfs.errors import CorruptBlob, DamageError, MissingBlob, ObjectNotFound
 from backupfs.format import blob as blob_format
@@ -27,6 +28,14 @@ CHUNK_CACHE_SIZE = 32 << 20
 NODE_CACHE_COUNT = 2048  # of 4 KiB
 RANGE_SIZE_MAX = 4 << 20  # bytes fetched in one read
 GAP_SIZE_MAX = 32 << 10  # bytes between two blobs that are read along rather than asked around
+PLACES_MAX = 4  # where one blob is looked for before it counts as damaged: gc may move it again
+
+
+class Refresh(Protocol):
+    """Brings the index in line with the packs. With ``is_known``, of damage met before, it may
+    spare itself the work where that was done a moment ago."""
+
+    def __call__(self, *, is_known: bool) -> None: ...
 
 
 class BlobReader:
@@ -39,7 +48,7 @@ class BlobReader:
         ids: IdScheme,
         index: Index,
         chunk_size: int,
-        refresh: Callable[[], None],
+        refresh: Refresh,
     ) -> None:
         self._storage = storage
         self._ids = ids
@@ -130,7 +139,7 @@ class BlobReader:
             elif location is not None:
                 located.append((location, blob_id))
             else:
-                results[blob_id] = self._fetch_again(blob_id, level, None)
+                results[blob_id] = self._fetch_again(blob_id, level, None, None)
         for run in _runs(located):
             self._fetch_run(run, level, results)
         return [results[blob_id] for blob_id in blob_ids]
@@ -153,27 +162,49 @@ class BlobReader:
             try:
                 results[blob_id] = self._prove(piece, blob_id, level, location)
             except CorruptBlob as damage:
-                results[blob_id] = self._fetch_again(blob_id, level, damage)
+                results[blob_id] = self._fetch_again(blob_id, level, location, damage)
 
-    def _fetch_again(self, blob_id: BlobId, level: int, damage: CorruptBlob | None) -> bytes:
-        """Another process may have moved the blob, or it lies in a pack not taken in yet."""
-        before = self._index.find(blob_id)
-        self._refresh()
-        location = self._index.find(blob_id)
-        pending = self._packer.read_pending(blob_id) if self._packer else None
-        if pending is None and (location is None or (damage is not None and location == before)):
-            error: DamageError = damage or MissingBlob(blob_id=blob_id.hex())
-            self._index.mark_damaged([blob_id])
-            raise error
-        data = pending
-        if data is None:
-            assert location is not None
+    def _fetch_again(
+        self,
+        blob_id: BlobId,
+        level: int,
+        tried: BlobLocation | None,
+        damage: CorruptBlob | None,
+    ) -> bytes:
+        """A blob that is not, or not whole, where it was looked for (None: nowhere known).
+
+        gc may have moved it since, or it lies in a pack of another process that was not taken in
+        yet. Only what is in neither case is damage.
+        """
+        for _ in range(PLACES_MAX):
+            # Pending before index: what is pending no longer is in the index already.
+            data = self._packer.read_pending(blob_id) if self._packer else None
+            if data is not None:
+                return self._prove(data, blob_id, level, None)
+            location = self._index.find(blob_id)
+            if location is None or location == tried:
+                self._refresh(is_known=self._index.is_damaged(blob_id))
+                location = self._index.find(blob_id)
+            if location is None:
+                damage = None
+                break
+            if location == tried:
+                break
+            tried = location
             try:
-                name = pack_name(location.pack_id)
-                data = self._storage.get_range(name, location.offset, location.size)
-            except ObjectNotFound:
-                raise MissingBlob(blob_id=blob_id.hex()) from None
-        return self._prove(data, blob_id, level, location)
+                return self._prove(self._read_at(location), blob_id, level, location)
+            except CorruptBlob as error:
+                damage = error
+        self._index.mark_damaged([blob_id])
+        raise damage or MissingBlob(blob_id=blob_id.hex())
+
+    def _read_at(self, location: BlobLocation) -> bytes:
+        """The bytes of a location; none where its pack is gone, which no proof passes."""
+        try:
+            name = pack_name(location.pack_id)
+            return self._storage.get_range(name, location.offset, location.size)
+        except ObjectNotFound:
+            return b""
 
     def _prove(
         self,

@@ -133,10 +133,18 @@ class Index:
 
     def mark_damaged(self, blob_ids: Iterable[BlobId]) -> None:
         """Remember that these blobs cannot be read, so that the next writer stores them again."""
+        new = [blob_id for blob_id in blob_ids if not self.is_damaged(blob_id)]
+        if not new:
+            return
         with self._environment.begin(write=True) as transaction:
-            for blob_id in blob_ids:
+            for blob_id in new:
                 transaction.put(blob_id, b"", db=self._damaged)
             self._bump_generation(transaction)
+
+    def is_damaged(self, blob_id: BlobId) -> bool:
+        """Whether a blob is marked as damaged."""
+        with self._environment.begin() as transaction:
+            return transaction.get(blob_id, db=self._damaged) is not None
 
     def damaged(self) -> frozenset[BlobId]:
         """The blobs marked as damaged and not stored again since; empty but for bad luck."""

@@ -36,7 +36,7 @@ from backupfs.repository.packer import Packer
 from backupfs.repository.rebuild import refresh_index
 from backupfs.repository.records import RecordStore
 from backupfs.repository.sessions import Session
-from backupfs.repository.workers import Credit, Workers
+from backupfs.repository.workers import Credit, OpenShare, Workers
 from backupfs.storage.local import LocalStorage, sync_folder
 from backupfs.storage.locate import local_folder, open_storage
 from backupfs.storage.oserrors import translated
@@ -44,6 +44,8 @@ from backupfs.storage.oserrors import translated
 WORKERS_MAX = 4
 # Accepted from writers and not stored yet; more only keeps memory busy.
 CREDIT_SIZE = 24 << 20
+# Chunks written in part that wait for their rest, of all drafts together.
+OPEN_SIZE_MAX = 16 << 20
 # A reader that meets a blob it cannot find asks for a refresh; a flood of them asks in vain.
 REFRESH_SECONDS = 1.0
 # Kept so that gc can write its plan on a disk that is full.
@@ -121,6 +123,7 @@ class Writer:
         )
         self.workers = Workers(min(os.cpu_count() or 1, WORKERS_MAX))
         self.credit = Credit(CREDIT_SIZE)
+        self.open_share = OpenShare(OPEN_SIZE_MAX // config.chunk_size)
         repository.reader.attach(self.packer)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The threads that hash and compress, and the credit that bounds what waits for them."""
+"""The threads that hash and compress, and the bounds of what waits in memory."""
 
 from __future__ import annotations
 
@@ -84,3 +84,27 @@ class Credit:
                 return False
             self._callbacks.append(callback)
             return True
+
+
+class OpenShare:
+    """How many chunks written in part each draft may keep, of what all together may. Thread-safe.
+
+    One writer alone gets all of it; many at once must not make the process grow.
+    """
+
+    def __init__(self, count_max: int) -> None:
+        self._count_max = count_max
+        self._users = 0
+        self._lock = threading.Lock()
+
+    def join(self) -> None:
+        with self._lock:
+            self._users += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+
+    def part(self) -> int:
+        """Chunks for each of those that have joined; always room for two."""
+        return max(2, self._count_max // max(1, self._users))

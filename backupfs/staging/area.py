@@ -234,7 +234,10 @@ class StagingArea:
         with staged.lock:
             staged.writers -= 1
             staged.interrupted |= interrupted and staged.changed
-            if staged.writers or staged.unlinked:
+            if staged.writers:
+                return
+            if staged.unlinked:
+                staged.draft.clear()  # gives back what it holds in memory
                 return
             if staged.draft.error is not None:
                 staged.failure = str(staged.draft.error)
@@ -405,6 +408,7 @@ class StagingArea:
             store=self._writer.store,
             workers=self._writer.workers,
             credit=self._writer.credit,
+            share=self._writer.open_share,
             content=content,
         )
 

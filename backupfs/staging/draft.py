@@ -13,7 +13,6 @@ chunk is pending or in the tree, never neither; bytes of the last chunk beyond t
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,12 +21,9 @@ from backupfs.format import tree
 from backupfs.repository.blobs import BlobReader
 from backupfs.repository.chunks import ChunkStore
 from backupfs.repository.images import EMPTY, Root, TreeEditor
-from backupfs.repository.workers import Credit, Workers
-from backupfs.staging.extents import Extents
+from backupfs.repository.workers import Credit, OpenShare, Workers
+from backupfs.staging.pending import Batch, PendingChunk, PendingChunks
 from backupfs.types import IMAGE_SIZE_MAX, BlobId, Buffer
-
-# Bytes of chunks written in part that wait for their rest.
-OPEN_SIZE_MAX = 4 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,21 +38,6 @@ class Content:
 NO_CONTENT = Content(root=EMPTY, size=0, data_count=0)
 
 
-class _Chunk:
-    """One pending chunk. Once ``queued`` it never changes; a later write makes a copy."""
-
-    __slots__ = ("data", "extents", "filling", "queued")
-
-    def __init__(self, data: Buffer, extents: Extents | None, *, filling: bool) -> None:
-        self.data = data
-        self.extents = extents  # None: all of it was written
-        self.filling = filling  # complete means: go; else it was complete before and may change on
-        self.queued = False
-
-
-_Batch = list[tuple[int, _Chunk]]
-
-
 class Draft:
     """Content being written. Thread-safe; ``write`` and ``size`` never wait."""
 
@@ -67,6 +48,7 @@ class Draft:
         store: ChunkStore,
         workers: Workers,
         credit: Credit,
+        share: OpenShare,
         content: Content = NO_CONTENT,
     ) -> None:
         self._reader = reader
@@ -74,7 +56,6 @@ class Draft:
         self._workers = workers
         self._credit = credit
         self._chunk_size = store.chunk_size
-        self._open_max = max(2, OPEN_SIZE_MAX // store.chunk_size)
         self._lock = threading.Lock()
         self._tree_lock = threading.Lock()
         self._checkpoint_lock = threading.Lock()
@@ -82,9 +63,9 @@ class Draft:
         self._tree = self._tree_of(content)
         self._saved = content
         self._size = content.size
-        self._pending: dict[int, _Chunk] = {}
-        self._open: OrderedDict[int, _Chunk] = OrderedDict()
-        self._batch: _Batch = []
+        self._pending = PendingChunks(
+            chunk_size=store.chunk_size, batch_count=store.batch_count, share=share
+        )
         self._jobs: set[int] = set()
         self._job_number = 0
         self._changes = 0
@@ -145,9 +126,9 @@ class Draft:
         with self._lock:
             self._check_error()
             self._begin_change()
-            self._put(offset, memoryview(data))
+            self._pending.put(offset, memoryview(data))
             self._size = max(self._size, end)
-            self._submit(self._take_batches(everything=False))
+            self._submit(self._pending.take_batches(everything=False))
 
     def truncate(self, size: int) -> None:
         """Set the size; what is cut off, or lies between, is zeros. May wait for I/O.
@@ -175,19 +156,19 @@ class Draft:
                 if size >= self._size:
                     self._size = size
                     return
-                self._drop_from(tree.chunk_count(size, chunk_size=self._chunk_size))
+                self._pending.drop_from(tree.chunk_count(size, chunk_size=self._chunk_size))
             self._tree.cut(tree.chunk_count(size, chunk_size=self._chunk_size))
             with self._lock:
                 within = size % self._chunk_size
                 if within:
-                    self._put(size, memoryview(bytes(self._chunk_size - within)))
+                    self._pending.put(size, memoryview(bytes(self._chunk_size - within)))
                 self._size = size
-                self._submit(self._take_batches(everything=False))
+                self._submit(self._pending.take_batches(everything=False))
 
     def clear(self) -> None:
         """Become empty, as O_TRUNC wants it; forgets an earlier error. May wait for I/O."""
         with self._tree_lock, self._lock:
-            self._drop_from(0)
+            self._pending.drop_from(0)
             self._tree.cut(0)
             self._error = None
             self._since = self._store.failures  # nothing stored before is relied on any more
@@ -213,7 +194,7 @@ class Draft:
             if not self.is_dirty:
                 return self._saved
             changes, since = self._changes, self._since
-            self._submit(self._take_batches(everything=True))
+            self._submit(self._pending.take_batches(everything=True))
             waiting = set(self._jobs)
             self._idle.wait_for(lambda: not waiting & self._jobs)
             self._check_error()
@@ -238,64 +219,7 @@ class Draft:
         if self._error is not None:
             raise self._error
 
-    def _put(self, offset: int, view: memoryview) -> None:
-        while view:
-            chunk_index, within = divmod(offset, self._chunk_size)
-            piece = view[: self._chunk_size - within]
-            if len(piece) == self._chunk_size:
-                self._open.pop(chunk_index, None)
-                self._queue(chunk_index, _Chunk(piece, None, filling=True))
-            else:
-                self._put_part(chunk_index, within, piece)
-            offset += len(piece)
-            view = view[len(piece) :]
-
-    def _put_part(self, chunk_index: int, within: int, piece: memoryview) -> None:
-        chunk = self._pending.get(chunk_index)
-        if chunk is None:
-            chunk = _Chunk(bytearray(self._chunk_size), Extents(), filling=True)
-        elif chunk.queued:
-            extents = chunk.extents and chunk.extents.copy()
-            chunk = _Chunk(bytearray(chunk.data), extents, filling=extents is not None)
-        assert isinstance(chunk.data, bytearray)
-        chunk.data[within : within + len(piece)] = piece
-        if chunk.extents is not None:
-            chunk.extents.add(within, within + len(piece))
-            if chunk.extents.covers(self._chunk_size):
-                chunk.extents = None
-        if chunk.extents is None and chunk.filling:
-            self._open.pop(chunk_index, None)
-            self._queue(chunk_index, chunk)
-            return
-        self._pending[chunk_index] = self._open[chunk_index] = chunk
-        self._open.move_to_end(chunk_index)
-        if len(self._open) > self._open_max:
-            self._queue(*self._open.popitem(last=False))
-
-    def _queue(self, chunk_index: int, chunk: _Chunk) -> None:
-        chunk.queued = True
-        self._pending[chunk_index] = chunk
-        self._batch.append((chunk_index, chunk))
-
-    def _drop_from(self, chunk_count: int) -> None:
-        """Forget pending chunks from ``chunk_count`` on; jobs under way find that out."""
-        for chunk_index in [index for index in self._pending if index >= chunk_count]:
-            del self._pending[chunk_index]
-            self._open.pop(chunk_index, None)
-        self._batch = [item for item in self._batch if item[0] < chunk_count]
-
-    def _take_batches(self, *, everything: bool) -> list[_Batch]:
-        if everything:
-            while self._open:
-                self._queue(*self._open.popitem(last=False))
-        count = self._store.batch_count
-        batches = []
-        while len(self._batch) >= count or (everything and self._batch):
-            batches.append(self._batch[:count])
-            self._batch = self._batch[count:]
-        return batches
-
-    def _submit(self, batches: list[_Batch]) -> None:
+    def _submit(self, batches: list[Batch]) -> None:
         for batch in batches:
             self._job_number += 1
             number = self._job_number
@@ -305,7 +229,7 @@ class Draft:
 
     # -- in a worker's thread ------------------------------------------------------------------
 
-    def _work(self, number: int, batch: _Batch) -> None:
+    def _work(self, number: int, batch: Batch) -> None:
         size = len(batch) * self._chunk_size
         try:
             self._store_batch(batch)
@@ -320,36 +244,31 @@ class Draft:
                 self._jobs.discard(number)
                 self._idle.notify_all()
 
-    def _store_batch(self, batch: _Batch) -> None:
+    def _store_batch(self, batch: Batch) -> None:
         with self._lock:
-            batch[:] = [item for item in batch if self._pending.get(item[0]) is item[1]]
+            batch = self._pending.current(batch)
         stored = self._store.store_chunks(
             [
                 chunk.data if chunk.extents is None else self._completed(chunk_index, chunk)
                 for chunk_index, chunk in batch
             ]
         )
+        ids = dict(zip((chunk_index for chunk_index, _chunk in batch), stored.ids, strict=True))
         with self._tree_lock:
             with self._lock:
-                current = [
-                    (chunk_index, blob_id)
-                    for (chunk_index, chunk), blob_id in zip(batch, stored.ids, strict=True)
-                    if self._pending.get(chunk_index) is chunk
-                ]
-            self._tree.put(current)
-            with self._lock:
                 self._added_size += stored.added_size
-                for chunk_index, chunk in batch:
-                    # Written again meanwhile: the newer one stays, over what was just put.
-                    if self._pending.get(chunk_index) is chunk:
-                        del self._pending[chunk_index]
+                batch = self._pending.current(batch)
+            self._tree.put([(chunk_index, ids[chunk_index]) for chunk_index, _chunk in batch])
+            with self._lock:
+                # Written again meanwhile: the newer one stays, over what was just put.
+                self._pending.settle(batch)
 
-    def _completed(self, chunk_index: int, chunk: _Chunk) -> bytearray:
+    def _completed(self, chunk_index: int, chunk: PendingChunk) -> bytearray:
         """A chunk written in part, the rest taken from what lay there before."""
         with self._tree_lock:
             blob_id = self._tree.ids(chunk_index, 1)[0]
         whole = bytearray(self._reader.chunks([blob_id])[0])
-        _overlay(whole, chunk)
+        chunk.overlay(whole)
         return whole
 
     def _fail(self, error: BackupfsError) -> None:
@@ -361,7 +280,7 @@ class Draft:
         with self._lock:
             self._idle.wait_for(lambda: not self._jobs)
         with self._tree_lock, self._lock:
-            self._drop_from(0)
+            self._pending.drop_from(0)
             self._tree = self._tree_of(self._saved)
             self._size = self._saved.size
             self._saved_changes = self._changes
@@ -395,11 +314,7 @@ class Draft:
     def _chunks(self, first: int, count: int) -> list[Buffer]:
         # Pending first, then the tree: a chunk may move from the one to the other meanwhile.
         with self._lock:
-            pending = {
-                chunk_index: self._frozen(self._pending[chunk_index])
-                for chunk_index in range(first, first + count)
-                if chunk_index in self._pending
-            }
+            pending = self._pending.snapshot(first, count)
         if all(
             chunk_index in pending and pending[chunk_index].extents is None
             for chunk_index in range(first, first + count)
@@ -410,19 +325,6 @@ class Draft:
         chunks: list[Buffer] = list(self._reader.chunks(ids))
         for chunk_index, chunk in pending.items():
             whole = bytearray(chunks[chunk_index - first])
-            _overlay(whole, chunk)
+            chunk.overlay(whole)
             chunks[chunk_index - first] = whole
         return chunks
-
-    @staticmethod
-    def _frozen(chunk: _Chunk) -> _Chunk:
-        if chunk.queued:
-            return chunk
-        return _Chunk(bytes(chunk.data), chunk.extents and chunk.extents.copy(), filling=False)
-
-
-def _overlay(whole: bytearray, chunk: _Chunk) -> None:
-    view = memoryview(chunk.data)
-    ranges = [(0, len(view))] if chunk.extents is None else chunk.extents.ranges()
-    for start, end in ranges:
-        whole[start:end] = view[start:end]
