@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import filecmp
+import os
 import shutil
 import sys
 import tempfile
@@ -186,6 +187,7 @@ def describe(bench: Bench, versions: list[str], *, cold: bool) -> str:
         f"- medians of {arguments.runs}; in brackets the ratio to the first row; everything durable; "
         "sources in the page cache, repositories not"
         + ("" if cold else " (caches kept: not root)"),
+        f"- peaks below {measure.resident_peak(os.getpid()) / report.MIB:.0f} MiB cannot be told",
         "",
         report.table(bench.figures, titles, columns),
         "",
