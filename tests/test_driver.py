@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import random
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.images import CHUNK_SIZE, is_clean
 
 from backupfs.driver import BackupDriver
 from backupfs.errors import (
@@ -39,22 +39,7 @@ from backupfs.errors import (
 )
 from backupfs.service import Record, init
 
-KIB = 1 << 10
 MIB = 1 << 20
-CHUNK_SIZE = 16 * KIB
-
-
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def location(tmp_path: Path) -> str:
-    """An empty repository."""
-    folder = str(tmp_path / "repository")
-    init(folder, chunk_size=CHUNK_SIZE)
-    return folder
 
 
 @pytest.fixture
@@ -673,7 +658,7 @@ def test_volume_that_fails_half_way_leaves_no_backup(driver, outcome, after):
     driver.service.refresh()
     assert [record.backup_id for record in driver.service.backups()] == [first["id"]]
     driver.service.gc()
-    assert driver.service.verify().damage == []
+    assert is_clean(driver.service)
     assert restored(driver, first) == make_image(3 * MIB)
 
 
@@ -899,9 +884,9 @@ def test_record_under_the_label_of_another_backup_is_refused(driver):
     assert [record.backup_id for record in driver.service.backups()] == [second["id"]]
 
 
-def test_record_of_another_repository_is_refused(driver, tmp_path):
-    init(str(tmp_path / "other"), chunk_size=CHUNK_SIZE)
-    with BackupDriver(str(tmp_path / "other")) as other:
+def test_record_of_another_repository_is_refused(driver, scratch):
+    init(str(scratch / "other"), chunk_size=CHUNK_SIZE)
+    with BackupDriver(str(scratch / "other")) as other:
         backup = take(other, b"data")
         driver_info = other.export_record(backup)
 
@@ -936,7 +921,7 @@ def test_backups_of_many_threads_at_once(driver):
     assert found == [image for _, image in jobs]
     names = [(record.volume, record.name) for record in driver.service.backups()]
     assert len(names) == len(set(names)) == len(jobs)
-    assert driver.service.verify().damage == []
+    assert is_clean(driver.service)
 
 
 class SparseVolume(RbdLikeVolume):
@@ -1000,27 +985,20 @@ def histories(draw: st.DrawFn) -> list[bytes]:
     return states
 
 
-def test_any_history_of_a_volume_is_restored_exactly():
-    with (
-        tempfile.TemporaryDirectory(prefix="backupfs-") as folder,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.setenv("XDG_CACHE_HOME", f"{folder}/cache")
-        init(f"{folder}/repository", chunk_size=CHUNK_SIZE)
-        with BackupDriver(f"{folder}/repository") as driver:
+def test_any_history_of_a_volume_is_restored_exactly(driver):
+    @settings(max_examples=60, deadline=None)
+    @given(states=histories(), read_max=st.integers(1000, 100_000))
+    def check(states: list[bytes], read_max: int) -> None:
+        backups: list[dict] = []
+        for state in states:
+            parent_id = backups[-1]["id"] if backups else None
+            backups.append(make_backup(parent_id=parent_id))
+            driver.backup(backups[-1], RbdLikeVolume(state, read_max=read_max))
+        for backup, state in zip(backups, states, strict=True):
+            target = RbdLikeVolume(b"\xee" * (len(state) + 9))
+            driver.restore(backup, "volume-2", target)
+            assert target.content == state + b"\xee" * 9
 
-            @settings(max_examples=60, deadline=None)
-            @given(states=histories(), read_max=st.integers(1000, 100_000))
-            def check(states: list[bytes], read_max: int) -> None:
-                backups: list[dict] = []
-                for state in states:
-                    parent_id = backups[-1]["id"] if backups else None
-                    backups.append(make_backup(parent_id=parent_id))
-                    driver.backup(backups[-1], RbdLikeVolume(state, read_max=read_max))
-                for backup, state in zip(backups, states, strict=True):
-                    target = RbdLikeVolume(b"\xee" * (len(state) + 9))
-                    driver.restore(backup, "volume-2", target)
-                    assert target.content == state + b"\xee" * 9
+    check()
 
-            check()
-            assert driver.service.verify().damage == []
+    assert is_clean(driver.service)
