@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Protocol
 
-from backupfs.errors import CorruptBlob, DamageError, MissingBlob, ObjectNotFound
+from backupfs.errors import CorruptBlob, MissingBlob, ObjectNotFound
 from backupfs.format import blob as blob_format
 from backupfs.format.ids import IdScheme
 from backupfs.format.pack import PackEntry, pack_name

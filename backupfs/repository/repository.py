@@ -46,7 +46,7 @@ WORKERS_MAX = 4
 CREDIT_SIZE = 24 << 20
 # Chunks written in part that wait for their rest, of all drafts together.
 OPEN_SIZE_MAX = 16 << 20
-# A reader that meets a blob it cannot find asks for a refresh; a flood of them asks in vain.
+# A reader that meets a blob it cannot find asks for a refresh; of known damage, not each time.
 REFRESH_SECONDS = 1.0
 # Kept so that gc can write its plan on a disk that is full.
 RESERVE_NAME = "reserve"
@@ -154,7 +154,7 @@ class Repository:
             ids=self.ids,
             index=self.index,
             chunk_size=self.config.chunk_size,
-            refresh=self._refresh_if_due,
+            refresh=self._refresh_for_reader,
         )
         self._writer: Writer | None = None
         self._writer_lock = threading.Lock()
@@ -195,8 +195,9 @@ class Repository:
             self._refreshed_at = self.ambient.monotonic()
             return damage
 
-    def _refresh_if_due(self) -> None:
-        if self.ambient.monotonic() - self._refreshed_at > REFRESH_SECONDS:
+    def _refresh_for_reader(self, *, is_known: bool) -> None:
+        is_recent = self.ambient.monotonic() - self._refreshed_at <= REFRESH_SECONDS
+        if not (is_known and is_recent):
             self.refresh_index()
 
 
