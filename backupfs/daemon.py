@@ -13,6 +13,7 @@ import logging
 import logging.handlers
 import os
 import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -49,9 +50,10 @@ def mount(location: str, mountpoint: str, options: MountOptions, *, foreground: 
         _run(location, target, options, lambda: log.info("mounted at %s", target))
         return
     reading, writing = os.pipe()
-    if os.fork():
+    child = os.fork()
+    if child:
         os.close(writing)
-        _await_report(reading, str(target))
+        _await_report(reading, child, str(target))
         return
     os.close(reading)
     _run_detached(location, target, options, writing)
@@ -186,15 +188,21 @@ def _send_report(report: int, text: bytes) -> None:
         os.close(report)
 
 
-def _await_report(reading: int, mountpoint: str) -> None:
+def _await_report(reading: int, child: int, mountpoint: str) -> None:
+    """Return when the daemon says that it is ready, and its mount says so too."""
     with open(reading, "rb", buffering=0) as pipe:
         if not select.select([pipe], [], [], START_SECONDS_MAX)[0]:
+            os.kill(child, signal.SIGTERM)
             raise MountFailed(mountpoint=mountpoint, reason="the daemon does not answer")
         report = pipe.read(REPORT_SIZE_MAX) or b"the daemon died"
     if report != b"ready":
         text = report.decode(errors="replace")
         prefix = f"cannot mount {mountpoint!r}: "
         raise MountFailed(mountpoint=mountpoint, reason=text.removeprefix(prefix))
+    try:
+        Path(mountpoint).stat()
+    except OSError as error:
+        raise MountFailed(mountpoint=mountpoint, reason=f"the daemon died: {error}") from error
 
 
 def _detach_streams() -> None:

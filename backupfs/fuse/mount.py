@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyfuse3
@@ -28,6 +28,7 @@ FS_TYPE = "fuse.backupfs"
 READ_AHEAD_KIB = 2048
 REFRESH_SECONDS = 0.5
 TICK_SECONDS = 0.2
+STDERR_SIZE_MAX = 4096
 MOUNTINFO = Path("/proc/self/mountinfo")
 
 
@@ -69,14 +70,16 @@ class Mount:
         )
 
     def run(self, on_ready: Callable[[], None]) -> None:
-        """Mount, call ``on_ready`` when the mount answers, serve until it is unmounted.
+        """Mount, call ``on_ready`` when requests are taken, serve until it is unmounted.
 
         SIGTERM and SIGINT unmount. Raises: MountFailed.
         """
-        try:
-            pyfuse3.init(self._operations, str(self._mountpoint), self._fuse_options())
-        except RuntimeError as error:
-            raise MountFailed(mountpoint=str(self._mountpoint), reason=str(error)) from error
+        with _noted_stderr() as said:
+            try:
+                pyfuse3.init(self._operations, str(self._mountpoint), self._fuse_options())
+            except RuntimeError as error:
+                reason = said() or str(error)
+                raise MountFailed(mountpoint=str(self._mountpoint), reason=reason) from error
         try:
             trio.run(self._serve, on_ready)
         finally:
@@ -97,8 +100,11 @@ class Mount:
             self._operations.threads.close()
 
     async def _announce(self, on_ready: Callable[[], None]) -> None:
-        """The mount answers as soon as the loop runs: asked from a thread, as a program would."""
-        await trio.to_thread.run_sync(os.stat, self._mountpoint)
+        """The loop runs: whoever looks into the mount now is answered.
+
+        Not even a thread of ours may look to prove it: should this process be told to end, or be
+        killed, in that moment, the thread would wait for the process and the process for the thread.
+        """
         await trio.to_thread.run_sync(_raise_read_ahead, self._mountpoint)
         on_ready()
 
@@ -133,6 +139,25 @@ class Mount:
         if self._options.read_only:
             options.add("ro")
         return options
+
+
+@contextlib.contextmanager
+def _noted_stderr() -> Iterator[Callable[[], str]]:
+    """Standard error of the block, in one line: libfuse gives its reasons nowhere else."""
+    noted = os.memfd_create("stderr", os.MFD_CLOEXEC)
+    saved = os.dup(2)
+    os.dup2(noted, 2)
+
+    def said() -> str:
+        text = os.pread(noted, STDERR_SIZE_MAX, 0).decode(errors="replace")
+        return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+
+    try:
+        yield said
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(noted)
 
 
 def _raise_read_ahead(mountpoint: Path) -> None:
