@@ -6,6 +6,7 @@ instead of a copy. Listings leave out what begins with a dot: temporary names do
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -109,9 +110,10 @@ class LocalStorage:
         """Remove temporary files that no living writer can still hold."""
         oldest = self._ambient.now().timestamp() - TEMPORARY_AGE_MAX
         with translated():
-            for path in self.folder.glob("*/**/.*.tmp"):
-                if path.stat().st_mtime < oldest:
-                    path.unlink(missing_ok=True)
+            for folder, _folders, names in os.walk(self.folder):
+                for name in names:
+                    if name.startswith(".") and name.endswith(".tmp"):
+                        _remove_older(Path(folder, name), oldest)
 
     def _write_temporary(self, target: Path, data: Buffer) -> Path:
         temporary = target.with_name(
@@ -233,6 +235,13 @@ def read_all(file: int, offset: int, size: int) -> bytes:
         parts.append(data)
         missing -= len(data)
     return b"".join(parts)
+
+
+def _remove_older(path: Path, oldest: float) -> None:
+    # Its writer may finish, and take it away, at any moment.
+    with contextlib.suppress(FileNotFoundError):
+        if path.stat().st_mtime < oldest:
+            path.unlink()
 
 
 def _same_bytes(first: Path, second: Path) -> bool:

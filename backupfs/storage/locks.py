@@ -6,6 +6,7 @@ when its process ends, in whatever way, so no lock is ever stale and none is bro
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -23,9 +24,10 @@ class FileLock:
         self._file: int | None = file
 
     def describe(self, holder: str) -> None:
-        """Leave word, for people, of who holds the lock."""
+        """Leave word of who holds the lock; without room for it the lock is held all the same."""
         if self._file is not None:
-            with translated():
+            # A full disk must stop neither gc, which is the way out, nor a mount.
+            with contextlib.suppress(OSError):
                 os.ftruncate(self._file, 0)
                 os.pwrite(self._file, holder.encode()[:HOLDER_SIZE_MAX], 0)
 
@@ -48,15 +50,18 @@ def try_lock(path: Path) -> FileLock | None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                is_taken = not _is_only_looked_at(file)
                 os.close(file)
-                return None
+                if is_taken:
+                    return None
+                continue
             if _is_still(file, path):
                 return FileLock(path, file)
             os.close(file)  # its last holder removed it between our open and lock
 
 
 def is_held(path: Path) -> bool:
-    """Whether some living process holds the lock at ``path``."""
+    """Whether some living process holds the lock at ``path``; taking it is not disturbed."""
     with translated():
         try:
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -77,6 +82,15 @@ def holder(path: Path) -> str:
         return path.read_text(errors="replace")[:HOLDER_SIZE_MAX] or "another process"
     except OSError:
         return "another process"
+
+
+def _is_only_looked_at(file: int) -> bool:
+    """Whether those in the way only ask ``is_held``, which shares the lock for a moment."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _is_still(file: int, path: Path) -> bool:
