@@ -7,8 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import MIB, Run
@@ -37,9 +39,21 @@ def mountpoint(repo: Path, tmp_path: Path) -> Iterator[Path]:
     mounted = command("mount", repo, folder)
     assert mounted.returncode == 0, mounted.stderr
     yield folder
-    if folder.is_mount():
+    if is_mounted(folder):
         ended = command("unmount", folder)
+        detach(folder)
         assert ended.returncode == 0, ended.stderr
+
+
+def is_mounted(folder: Path) -> bool:
+    """Asks the kernel's table: a mount that hangs would hold up who looks into it."""
+    return str(folder) in Path("/proc/self/mountinfo").read_text().split()
+
+
+def detach(folder: Path) -> None:
+    """Leave no mount to whoever comes after a test that failed."""
+    if is_mounted(folder):
+        subprocess.run(["fusermount3", "-u", "-z", "--", folder], check=False, timeout=20)
 
 
 # -- without a mount ---------------------------------------------------------------------------
@@ -88,7 +102,7 @@ def test_mount_of_no_repository_says_so(tmp_path: Path) -> None:
 
     assert ended.returncode == 1
     assert ended.stderr.startswith("backupfs: ") and ended.stderr.count("\n") == 1
-    assert not (tmp_path / "mnt").is_mount()
+    assert not is_mounted(tmp_path / "mnt")
 
 
 @needs_mount
@@ -111,12 +125,13 @@ def test_copy_into_the_mount_is_listed_and_restored(
     run: Run, repo: Path, mountpoint: Path, image: Path, tmp_path: Path
 ) -> None:
     shutil.copyfile(image, mountpoint / "staging" / "vm.img")
+    # Looking into the mount waits for what was closed before; commands look beside it.
+    shown = (mountpoint / "volumes" / "vm" / "latest.img").readlink()
 
     (made,) = run("list", repo, "--json").json
     restored = run("restore", repo, "vm@latest", tmp_path / "out.img")
 
-    assert made["volume"] == "vm"
-    assert (mountpoint / "volumes" / "vm" / made["name"]).exists()
+    assert (made["volume"], made["name"]) == ("vm", str(shown))
     assert restored.code == 0
     assert (tmp_path / "out.img").read_bytes() == image.read_bytes()
 
@@ -134,8 +149,9 @@ def test_mount_helper_form_with_options_of_fstab(run: Run, repo: Path, tmp_path:
         assert (folder / "staging").is_dir()
     finally:
         ended = command("unmount", folder)
+        detach(folder)
     assert ended.returncode == 0, ended.stderr
-    assert not folder.is_mount()
+    assert not is_mounted(folder)
 
 
 def cut_copy(mountpoint: Path, image: Path, name: str) -> None:
@@ -159,6 +175,7 @@ def test_interrupted_copy_is_held_until_published(
     run: Run, repo: Path, mountpoint: Path, image: Path
 ) -> None:
     cut_copy(mountpoint, image, "vm.img")
+    (mountpoint / "volumes").stat()
 
     (draft,) = run("drafts", repo, "--json").json
     shown = run("drafts", repo).out
@@ -177,10 +194,83 @@ def test_interrupted_copy_is_held_until_published(
 
 @needs_mount
 @pytest.mark.mount
+def test_held_draft_can_be_published_after_the_mount_is_gone(
+    run: Run, repo: Path, mountpoint: Path, image: Path
+) -> None:
+    cut_copy(mountpoint, image, "vm.img")
+    assert command("unmount", mountpoint).returncode == 0
+
+    (draft,) = run("drafts", repo, "--json").json
+    published = run("publish", repo, "vm.img")
+
+    assert (draft["name"], draft["state"]) == ("vm.img", "held")
+    assert published.code == 0, published.err
+    assert run("drafts", repo, "--json").json == []
+    assert [made["volume"] for made in run("list", repo, "--json").json] == ["vm"]
+
+
+def becomes(condition: Callable[[], bool], *, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not (reached := condition()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return reached
+
+
+@needs_mount
+@pytest.mark.mount
+def test_mount_shows_what_commands_did_within_two_seconds(
+    run: Run, repo: Path, mountpoint: Path, image: Path
+) -> None:
+    (made,) = run("backup", repo, image, "--json").json
+    shown = mountpoint / "volumes" / "vm" / made["name"]
+
+    assert becomes(shown.exists, seconds=2)
+    assert shown.read_bytes() == image.read_bytes()
+
+    assert run("delete", repo, made["id"]).code == 0
+    assert becomes(lambda: not shown.exists(), seconds=2)
+
+
+@needs_mount
+@pytest.mark.mount
+def test_restore_can_write_into_a_mount(
+    run: Run, repo: Path, mountpoint: Path, backup: dict[str, Any], image: Path
+) -> None:
+    ended = run("restore", repo, "vm@latest", mountpoint / "staging" / "copy.img")
+
+    assert ended.code == 0, ended.err
+    assert (mountpoint / "volumes" / "copy" / "latest.img").read_bytes() == image.read_bytes()
+    assert [made["volume"] for made in run("list", repo, "--json").json] == ["copy", "vm"]
+
+
+@needs_mount
+@pytest.mark.mount
+def test_foreground_mount_ends_with_its_signal(repo: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mnt"
+    folder.mkdir()
+    words = [*COMMAND, "mount", str(repo), str(folder), "--foreground"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            said = process.stderr.readline()
+            process.send_signal(signal.SIGTERM)
+            _, log = process.communicate(timeout=30)
+        finally:
+            process.kill()
+            detach(folder)
+
+    assert "mounted at" in said
+    assert process.returncode == 0
+    assert "Traceback" not in log
+    assert not is_mounted(folder)
+
+
+@needs_mount
+@pytest.mark.mount
 def test_unmount_is_refused_while_a_file_is_open(mountpoint: Path) -> None:
     with (mountpoint / "README.txt").open():
         refused = command("unmount", mountpoint)
 
     assert refused.returncode == 1
     assert refused.stderr.startswith("backupfs: ") and "in use" in refused.stderr
-    assert mountpoint.is_mount()
+    assert is_mounted(mountpoint)
