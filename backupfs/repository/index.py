@@ -11,6 +11,7 @@ Nothing here is synced to the disk: after a crash of the host the index is throw
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import shutil
@@ -25,6 +26,7 @@ import lmdb
 
 from backupfs.errors import StorageUnavailable
 from backupfs.format.pack import PackEntry
+from backupfs.storage.local import sync_folder
 from backupfs.types import BlobId, PackId
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ NUMBER = struct.Struct(">I")  # big-endian, so that numbers sort
 # Address space, not memory or disk: the file grows as entries come.
 MAP_SIZES = (1 << 40, 1 << 36, 1 << 32)
 READERS_MAX = 1024
+# Locked by all processes that have the index open.
+USERS_NAME = "users"
 
 BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
 
@@ -52,9 +56,10 @@ class BlobLocation:
 class Index:
     """The index of one repository. Thread-safe; ``close`` once per ``open``."""
 
-    def __init__(self, folder: Path, environment: Any) -> None:
+    def __init__(self, folder: Path, environment: Any, users: int) -> None:
         self._folder = folder
         self._environment = environment
+        self._users = users  # a descriptor that holds the lock of all who have the index open
         self._blobs = environment.open_db(b"blobs")
         self._packs = environment.open_db(b"packs")  # number -> pack id
         self._numbers = environment.open_db(b"numbers")  # pack id -> number
@@ -100,7 +105,7 @@ class Index:
     def add_pack(self, pack_id: PackId, entries: Iterable[PackEntry]) -> None:
         """Take in a durable pack; of a blob known elsewhere the new place counts from now on."""
         ordered = sorted(entries, key=lambda entry: entry.blob_id)
-        with self._environment.begin(write=True) as transaction:
+        with self._writing() as transaction:
             if transaction.get(pack_id, db=self._numbers) is not None:
                 return
             number = self._next_number(transaction)
@@ -119,7 +124,7 @@ class Index:
 
     def forget_packs(self, pack_ids: Iterable[PackId]) -> None:
         """Take packs out that are gone; what lay in them counts as absent."""
-        with self._environment.begin(write=True) as transaction:
+        with self._writing() as transaction:
             for pack_id in pack_ids:
                 number = transaction.pop(pack_id, db=self._numbers)
                 if number is not None:
@@ -136,7 +141,7 @@ class Index:
         new = [blob_id for blob_id in blob_ids if not self.is_damaged(blob_id)]
         if not new:
             return
-        with self._environment.begin(write=True) as transaction:
+        with self._writing() as transaction:
             for blob_id in new:
                 transaction.put(blob_id, b"", db=self._damaged)
             self._bump_generation(transaction)
@@ -161,10 +166,19 @@ class Index:
 
     def clear(self) -> None:
         """Forget everything; the packs are the truth."""
-        with self._environment.begin(write=True) as transaction:
+        with self._writing() as transaction:
             for database in (self._blobs, self._packs, self._numbers, self._damaged):
                 transaction.drop(database, delete=False)
             self._bump_generation(transaction)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[Any]:
+        """A transaction that writes. Raises: StorageUnavailable."""
+        try:
+            with self._environment.begin(write=True) as transaction:
+                yield transaction
+        except lmdb.Error as error:
+            raise StorageUnavailable(reason=f"index in {str(self._folder)!r}: {error}") from error
 
     def _known_packs(self, transaction: Any) -> dict[int, PackId]:
         """Number -> pack id as of ``transaction``; read again only when it has changed."""
@@ -198,7 +212,7 @@ def _open_shared(folder: Path) -> Index:
     with _shared_lock:
         index, holders = _shared.get(folder, (None, 0))
         if index is None:
-            index = Index(folder, _open_environment(folder))
+            index = Index(folder, *_open_environment(folder))
         _shared[folder] = (index, holders + 1)
         return index
 
@@ -212,26 +226,55 @@ def _close_shared(index: Index) -> None:
         del _shared[index._folder]
         # Only a lasting file may be believed after the next boot: see _survived_boot.
         with contextlib.suppress(lmdb.Error, OSError):
-            index._environment.sync(True)
-            _clean_mark(index._folder).write_text(str(index._environment.info()["last_txnid"]))
+            if _is_only_user(index._users):
+                index._environment.sync(True)
+                last = index._environment.info()["last_txnid"]
+                _clean_mark(index._folder).write_text(str(last))
         index._environment.close()
+        os.close(index._users)
 
 
-def _open_environment(folder: Path) -> Any:
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not _survived_boot(folder):
-            _discard(folder)
+def _open_environment(folder: Path) -> tuple[Any, int]:
+    """The library's environment, and the descriptor that counts this process as a user of it."""
+    with contextlib.ExitStack() as undo:
         try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            users = os.open(folder / USERS_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            undo.callback(os.close, users)
+            is_ready = False
+            while not is_ready:
+                if _is_only_user(users):
+                    _make_ready(folder)
+                fcntl.flock(users, fcntl.LOCK_SH)
+                is_ready = _is_of_this_boot(folder)  # else who was about to do it has died
             environment = _environment(folder)
-        except lmdb.Error:
-            log.warning("the index in %s cannot be read and is made anew", folder)
-            _discard(folder)
-            environment = _environment(folder)
-        (folder / f"boot-{VERSION}").write_text(_boot_id())
-    except (OSError, lmdb.Error) as error:
-        raise StorageUnavailable(reason=f"index in {str(folder)!r}: {error}") from error
-    return environment
+        except (OSError, lmdb.Error) as error:
+            raise StorageUnavailable(reason=f"index in {str(folder)!r}: {error}") from error
+        undo.pop_all()
+        return environment, users
+
+
+def _is_only_user(users: int) -> bool:
+    """Whether no other process has the index open; then none can, until this one shares the lock."""
+    try:
+        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _make_ready(folder: Path) -> None:
+    if not _survived_boot(folder):
+        _discard(folder)
+    try:
+        _environment(folder).close()
+    except lmdb.Error:
+        log.warning("the index in %s cannot be read and is made anew", folder)
+        _discard(folder)
+    # Before anything is written: what a power cut leaves of later pages must not pass as clean.
+    _clean_mark(folder).unlink(missing_ok=True)
+    sync_folder(folder)
+    _boot_file(folder).write_text(_boot_id())
 
 
 def _environment(folder: Path) -> Any:
@@ -258,10 +301,9 @@ def _map_sizes() -> Iterator[int]:
 
 def _survived_boot(folder: Path) -> bool:
     """Whether the index can be believed: same boot of the host, or closed and synced before it."""
-    boot_file = folder / f"boot-{VERSION}"
+    if _boot_id() and _is_of_this_boot(folder):
+        return True
     try:
-        if boot_file.read_text() == _boot_id():
-            return True
         environment = _environment(folder)
         try:
             return str(environment.info()["last_txnid"]) == _clean_mark(folder).read_text()
@@ -271,11 +313,18 @@ def _survived_boot(folder: Path) -> bool:
         return False
 
 
+def _is_of_this_boot(folder: Path) -> bool:
+    try:
+        return _boot_file(folder).read_text() == _boot_id()
+    except FileNotFoundError:
+        return False
+
+
 def _discard(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        else:
+        elif path.name != USERS_NAME:
             path.unlink(missing_ok=True)
 
 
@@ -283,8 +332,13 @@ def _clean_mark(folder: Path) -> Path:
     return folder / f"clean-{VERSION}"
 
 
+def _boot_file(folder: Path) -> Path:
+    return folder / f"boot-{VERSION}"
+
+
 def _boot_id() -> str:
+    """What names this boot of the host; empty where the host does not say."""
     try:
         return BOOT_ID_FILE.read_text().strip()
     except OSError:
-        return f"unknown-{os.getpid()}"  # never equal to another: rebuilt at each open
+        return ""
