@@ -71,7 +71,11 @@ def unmount(mountpoint: str, *, timeout: float = 300) -> None:
     if mount_device(target) is None:
         raise MountFailed(mountpoint=mountpoint, reason="no backupfs is mounted there")
     process = _daemon_of(target)
-    _call_umount(target)
+    try:
+        is_dead = process is None and _is_dead(target)
+    except OSError as error:
+        raise MountFailed(mountpoint=mountpoint, reason=str(error)) from error
+    _call_umount(target, is_dead=is_dead)
     if process is not None:
         try:
             if not select.select([process], [], [], timeout)[0]:
@@ -107,19 +111,36 @@ def _checked_mountpoint(location: str, mountpoint: str) -> Path:
 def _clear_dead_mount(target: Path) -> None:
     """Remove what a killed daemon left mounted; a living mount is never touched."""
     try:
-        target.stat()
+        is_dead = _is_dead(target)
     except OSError as error:
-        if error.errno == errno.ENOTCONN and mount_device(target) is not None:
-            log.warning("removing the dead mount at %s", target)
-            _call_umount(target)
-        elif not isinstance(error, FileNotFoundError):
-            raise MountFailed(mountpoint=str(target), reason=str(error)) from error
+        raise MountFailed(mountpoint=str(target), reason=str(error)) from error
+    if is_dead and mount_device(target) is not None:
+        log.warning("removing the dead mount at %s", target)
+        _call_umount(target, is_dead=True)
+    elif is_dead:
+        reason = os.strerror(errno.ENOTCONN)
+        raise MountFailed(mountpoint=str(target), reason=f"another file system there: {reason}")
 
 
-def _call_umount(target: Path) -> None:
-    command = ["umount", "--", str(target)]
+def _is_dead(target: Path) -> bool:
+    """Whether a FUSE mount has no daemon any more. Raises: OSError."""
+    try:
+        # Not stat: for a second the kernel answers that for a dead daemon.
+        os.statvfs(target)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise
+        return True
+    return False
+
+
+def _call_umount(target: Path, *, is_dead: bool) -> None:
+    """Unmount. A dead mount goes even where programs still hold files of it: nothing answers them."""
+    command = ["umount", *(["--lazy"] if is_dead else []), "--", str(target)]
     if os.geteuid() != 0:
-        command = ["fusermount3", "-u", "--", str(target)]
+        command = ["fusermount3", "-uz" if is_dead else "-u", "--", str(target)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     if result.returncode == 0:
         return

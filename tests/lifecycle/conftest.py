@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_server import CommandServer
 from lifecycle_mount import Site, site_in
 
 CAN_MOUNT = (
@@ -28,10 +29,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandServer]:
+    """What runs our commands without an interpreter's start for each."""
+    server = CommandServer(tmp_path_factory.mktemp("commands"))
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
+def site(tmp_path: Path, commands: CommandServer) -> Iterator[Site]:
     """An empty repository and a mountpoint; nothing is mounted yet."""
-    with site_in(tmp_path / "site") as found:
+    with site_in(tmp_path / "site", commands) as found:
         found.init()
         yield found
 

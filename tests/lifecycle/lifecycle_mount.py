@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from command_server import Command, CommandServer
+
 KIB = 1 << 10
 MIB = 1 << 20
 BACKUPFS = str(Path(sys.executable).with_name("backupfs"))
@@ -57,12 +59,20 @@ def assert_same(found: bytes, expected: bytes, what: object) -> None:
 class Site:
     """A repository, a mountpoint, and the processes that a test starts around them."""
 
-    def __init__(self, folder: Path, *, seconds: float = 90.0, repo: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        commands: CommandServer,
+        *,
+        seconds: float = 90.0,
+        repo: Path | None = None,
+    ) -> None:
         self.folder = folder
+        self._commands = commands
         self.repo = repo or folder / "repo"
         self.path = folder / "mnt"
         self.log_file = folder / "backupfs.log"
-        self.environment = os.environ | {
+        self.environment = {
             "XDG_CACHE_HOME": str(folder / "cache"),
             "LC_ALL": "C.UTF-8",
             "PATH": f"{Path(BACKUPFS).parent}:{os.environ['PATH']}",
@@ -86,16 +96,21 @@ class Site:
             text=True,
             timeout=seconds,
             check=False,
-            env=self.environment,
+            env=os.environ | self.environment,
             stdin=subprocess.DEVNULL,
         )
         if check:
             assert ended.returncode == 0, (words, ended.returncode, ended.stderr)
         return ended
 
+    def begin(self, name: str, *words: Word) -> Command:
+        """Start a command of ours on the repository."""
+        texts = [os.fsdecode(word) for word in (self.repo, *words)]
+        return self._commands.start(name, *texts, environment=self.environment)
+
     def command(self, name: str, *words: Word, check: bool = True, seconds: float = 60.0) -> Ended:
         """Run a command of ours on the repository."""
-        return self.run(BACKUPFS, name, self.repo, *words, check=check, seconds=seconds)
+        return _ended(self.begin(name, *words), check=check, seconds=seconds)
 
     def listed(self, name: str, *words: Word) -> Any:
         return json.loads(self.command(name, *words, "--json").stdout)
@@ -105,7 +120,7 @@ class Site:
         process = subprocess.Popen(
             [os.fsdecode(word) for word in words],
             start_new_session=True,
-            env=self.environment,
+            env=os.environ | self.environment,
             **{"stdin": subprocess.DEVNULL, **named},
         )
         self._started.append(process)
@@ -133,8 +148,15 @@ class Site:
         ended = self.try_mount(options, path=path)
         assert ended.returncode == 0, ended.stderr
 
+    def try_unmount(self, path: Path | None = None) -> Ended:
+        """Unmount, or fail to."""
+        words = ("unmount", path or self.path)
+        command = self._commands.start(*words, environment=self.environment)
+        return _ended(command, check=False, seconds=COMMAND_SECONDS)
+
     def unmount(self, path: Path | None = None) -> None:
-        self.run(BACKUPFS, "unmount", path or self.path)
+        ended = self.try_unmount(path)
+        assert ended.returncode == 0, ended.stderr
 
     def remount(self, options: str = "") -> None:
         self.unmount()
@@ -249,10 +271,19 @@ class Site:
             end_process(process)
 
 
+def _ended(command: Command, *, check: bool, seconds: float) -> Ended:
+    code = command.wait(seconds)
+    if check:
+        assert code == 0, (command.words, code, command.err())
+    return Ended(command.words, code, command.out(), command.err())
+
+
 @contextlib.contextmanager
-def site_in(folder: Path, *, seconds: float = 90.0, repo: Path | None = None) -> Iterator[Site]:
+def site_in(
+    folder: Path, commands: CommandServer, *, seconds: float = 90.0, repo: Path | None = None
+) -> Iterator[Site]:
     """A site for the while; its folder is removed afterwards, as images are large."""
-    site = Site(folder, seconds=seconds, repo=repo)
+    site = Site(folder, commands, seconds=seconds, repo=repo)
     try:
         yield site
     finally:

@@ -22,6 +22,7 @@ from lifecycle_mount import (
     assert_same,
     becomes,
     content,
+    end_process,
     is_alive,
     kill_and_wait,
 )
@@ -60,7 +61,7 @@ class SlowCopy:
 
 
 def test_mount_answers_when_the_command_returns(site: Site) -> None:
-    site.mount()
+    site.run(BACKUPFS, "mount", site.repo, site.path)
 
     assert sorted(os.listdir(site.path)) == [
         ".backupfs",
@@ -70,12 +71,12 @@ def test_mount_answers_when_the_command_returns(site: Site) -> None:
         "volumes",
     ]
     assert is_alive(site.daemon())
-    site.unmount()
+    site.run(BACKUPFS, "unmount", site.path)
     assert os.listdir(site.path) == []
 
 
 def test_daemon_has_no_terminal_no_folder_and_no_streams_of_its_starter(site: Site) -> None:
-    site.mount()
+    site.run(BACKUPFS, "mount", site.repo, site.path)
 
     process = Path(f"/proc/{site.daemon()}")
     assert os.readlink(process / "cwd") == "/"
@@ -186,7 +187,7 @@ def test_unmount_while_busy_is_refused_and_the_mount_works_on(mounted: Site) -> 
     data = content(2 * MIB, 2)
     copy = SlowCopy(mounted, "vm.img", data)
 
-    ended = mounted.run(BACKUPFS, "unmount", mounted.path, check=False)
+    ended = mounted.try_unmount()
     mounted.copy_in("other.img", data)
 
     assert "in use" in reason_of(ended)
@@ -198,7 +199,7 @@ def test_unmount_while_busy_is_refused_and_the_mount_works_on(mounted: Site) -> 
 
 def test_unmount_of_what_is_not_ours_is_refused(site: Site) -> None:
     for place in (site.path, site.folder / "absent", Path("/")):
-        ended = site.run(BACKUPFS, "unmount", place, check=False)
+        ended = site.try_unmount(place)
         assert "no backupfs is mounted there" in reason_of(ended)
 
 
@@ -206,7 +207,7 @@ def test_unmount_by_a_relative_path_and_through_a_link(mounted: Site) -> None:
     link = mounted.folder / "link"
     link.symlink_to(mounted.folder)
 
-    mounted.run(BACKUPFS, "unmount", link / "mnt")
+    mounted.unmount(link / "mnt")
 
     assert not mounted.is_mounted()
 
@@ -321,6 +322,21 @@ def test_dead_mount_can_be_unmounted(mounted: Site) -> None:
     mounted.unmount()
 
     assert not mounted.is_mounted()
+
+
+def test_dead_mount_that_programs_still_use_is_cleaned_up_all_the_same(mounted: Site) -> None:
+    mounted.copy_in("vm.img", content(MIB, 5))
+    user = mounted.start("sleep", "60", cwd=mounted.staging)
+    reader = mounted.start("tail", "-f", mounted.latest("vm"), stdout=subprocess.DEVNULL)
+    mounted.kill()
+
+    mounted.mount()
+
+    assert mounted.latest("vm").exists()
+    for process in (user, reader):
+        end_process(process)
+    mounted.unmount()
+    assert not mounted.is_mounted(), "the dead one is still below"
 
 
 def test_dead_mount_of_something_else_is_left_alone(site: Site) -> None:
