@@ -6,6 +6,7 @@ import argparse
 import filecmp
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections import defaultdict
@@ -97,7 +98,8 @@ class Bench:
             self.failures.append(f"{SUBJECTS[name].title}: {error}")
             self.ours_failed |= issubclass(SUBJECTS[name], BackupfsCommand)
             say(f"{name} failed: {error}")
-        shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def measure(self, name: str, subject: Subject) -> None:
         self.place(self.workload.base)
@@ -200,6 +202,8 @@ def describe(bench: Bench, versions: list[str], *, cold: bool) -> str:
 
 def main() -> int:
     arguments = parse_arguments()
+    # Ended from outside it unmounts and removes as after any failure.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with ExitStack() as ending:
         if arguments.work is None:
             folder = tempfile.TemporaryDirectory(prefix="backupfs-bench-")

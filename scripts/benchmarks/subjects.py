@@ -290,8 +290,10 @@ class Restic(Subject):
         with measure.running(*command, env=self.environment, log=log) as process:
             ready = measure.wait_until_mounted(mountpoint, process, log=log)
             image = mountpoint / "snapshots" / "latest" / self.source.relative_to("/")
-            yield image, ready
-            measure.unmount(["fusermount3", "-u", mountpoint], process)
+            try:
+                yield image, ready
+            finally:
+                measure.unmount(["fusermount3", "-u", mountpoint], process)
 
 
 class Borg(Subject):
@@ -341,8 +343,10 @@ class Borg(Subject):
         command = ["borg", "mount", "--foreground", f"::{self.archives}", mountpoint]
         with measure.running(*command, env=self.environment, log=log) as process:
             ready = measure.wait_until_mounted(mountpoint, process, log=log)
-            yield mountpoint / self.source.name, ready
-            measure.unmount(["borg", "umount", mountpoint], process)
+            try:
+                yield mountpoint / self.source.name, ready
+            finally:
+                measure.unmount(["borg", "umount", mountpoint], process)
 
 
 class BorgFixed(Borg):
