@@ -15,12 +15,12 @@ from backupfs.cli.describe import (
     counted,
     human_size,
     label,
-    printable,
     record_details,
     record_summary,
     short_id,
     stamp,
 )
+from backupfs.cli.escaping import printable
 from backupfs.cli.exit_codes import DONE, exit_code
 from backupfs.cli.interruption import cancellable
 from backupfs.cli.output import Column

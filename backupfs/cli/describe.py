@@ -1,7 +1,6 @@
 """Values as people read them in tables, and as scripts read them in JSON (pure).
 
-Text that users chose (names, paths) may hold anything; ``printable`` is what stands between it and
-a terminal. JSON has sizes in bytes and times as RFC 3339.
+Tables have sizes in units and times as backups' names have them, JSON has bytes and RFC 3339.
 """
 
 from __future__ import annotations
@@ -11,22 +10,10 @@ from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from backupfs.cli.escaping import printable
 from backupfs.format.record import Record
 
 SHORT_ID_SIZE = 8  # characters of a backup id that tables show; commands take any unique prefix
-
-
-def escaped(text: str) -> str:
-    """``text`` with all that does not print (control, direction, odd spaces) as escapes."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
-
-
-def printable(text: str) -> str:
-    """A name in one line, so that no two names look alike: escaped, backslashes doubled."""
-    return escaped(text.replace("\\", "\\\\"))
 
 
 def human_size(size: int) -> str:

@@ -1,6 +1,7 @@
 """Where the command line's words go: tables and JSON to stdout, errors and progress to stderr.
 
-``rich`` is imported where it draws, not before: it is slower to import than most commands are.
+``rich`` and the engine's types are imported where they are needed, not before: a help text is there
+sooner than they are.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from backupfs.cli.describe import as_json, escaped
+from backupfs.cli.escaping import escaped
 from backupfs.types import Progress, no_progress
 
 # A progress bar hears of work in steps of this many bytes: drawing costs more than a chunk.
@@ -47,6 +48,8 @@ def print_line(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """A result for scripts, in ASCII, so that no name reaches a terminal as it is."""
+    from backupfs.cli.describe import as_json
+
     print(json.dumps(as_json(value), indent=2))
 
 

@@ -6,7 +6,8 @@ import click
 
 from backupfs import service
 from backupfs.cli import output
-from backupfs.cli.describe import as_json, compact_time, counted, human_size, printable
+from backupfs.cli.describe import as_json, compact_time, counted, human_size
+from backupfs.cli.escaping import printable
 from backupfs.cli.exit_codes import DAMAGE_FOUND, DONE
 from backupfs.cli.parameters import json_option, parse_size, repository_argument
 from backupfs.format import config

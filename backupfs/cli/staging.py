@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from backupfs.cli import output
-from backupfs.cli.describe import compact_time, human_size, label, printable, short_id
+from backupfs.cli.describe import compact_time, human_size, label, short_id
+from backupfs.cli.escaping import printable
 from backupfs.cli.output import Column
 from backupfs.cli.parameters import json_option, repository_argument
 from backupfs.service import DraftInfo, Service

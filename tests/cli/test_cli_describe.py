@@ -13,11 +13,10 @@ from backupfs.cli.describe import (
     as_json,
     compact_time,
     counted,
-    escaped,
     human_size,
-    printable,
     rfc3339,
 )
+from backupfs.cli.escaping import escaped, printable
 from backupfs.service import RetentionPolicy
 
 MOMENT = datetime(2026, 11, 22, 16, 25, 3, tzinfo=timezone(timedelta(hours=2)))

@@ -49,7 +49,7 @@ def test_help_lists_every_command(run: Run) -> None:
 def test_help_imports_neither_the_engine_nor_rich() -> None:
     code = (
         "import sys; from backupfs.cli.main import main; main(['--help']);"
-        "print([name for name in ('backupfs.service', 'rich', 'lmdb') if name in sys.modules])"
+        "print([name for name in ('backupfs.format', 'backupfs.service', 'rich') if name in sys.modules])"
     )
 
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -154,6 +154,18 @@ def test_mount_helper_form_with_options_of_fstab(run: Run, repo: Path, tmp_path:
     assert not is_mounted(folder)
 
 
+def becomes(condition: Callable[[], bool], *, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not (reached := condition()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return reached
+
+
+def drafts(run: Run, repo: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = run("drafts", repo, "--json").json
+    return found
+
+
 def cut_copy(mountpoint: Path, image: Path, name: str) -> None:
     """Copy half an image by a program that is killed then."""
     half = image.with_name("half")
@@ -175,9 +187,10 @@ def test_interrupted_copy_is_held_until_published(
     run: Run, repo: Path, mountpoint: Path, image: Path
 ) -> None:
     cut_copy(mountpoint, image, "vm.img")
-    (mountpoint / "volumes").stat()
+    # A killed program's file is closed by the kernel, which waits for nobody.
+    assert becomes(lambda: drafts(run, repo)[0]["state"] != "open", seconds=20)
 
-    (draft,) = run("drafts", repo, "--json").json
+    (draft,) = drafts(run, repo)
     shown = run("drafts", repo).out
     assert (draft["name"], draft["volume"], draft["state"]) == ("vm.img", "vm", "held")
     assert draft["size"] == 4 * MIB and draft["reason"]
@@ -200,20 +213,13 @@ def test_held_draft_can_be_published_after_the_mount_is_gone(
     cut_copy(mountpoint, image, "vm.img")
     assert command("unmount", mountpoint).returncode == 0
 
-    (draft,) = run("drafts", repo, "--json").json
+    (draft,) = drafts(run, repo)
     published = run("publish", repo, "vm.img")
 
     assert (draft["name"], draft["state"]) == ("vm.img", "held")
     assert published.code == 0, published.err
-    assert run("drafts", repo, "--json").json == []
+    assert drafts(run, repo) == []
     assert [made["volume"] for made in run("list", repo, "--json").json] == ["vm"]
-
-
-def becomes(condition: Callable[[], bool], *, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not (reached := condition()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return reached
 
 
 @needs_mount
