@@ -44,9 +44,10 @@ class _OpenPack:
     file: int
     size: int = 0
     entries: list[PackEntry] = field(default_factory=list)
+    is_durable: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Pending:
     blob: bytes | None = None  # set once compressed, dropped once written
     pack: _OpenPack | None = None
@@ -90,6 +91,8 @@ class Packer:
         self._ambient = ambient
         self._lock = threading.Lock()
         self._pending: dict[BlobId, _Pending] = {}
+        self._claimed: dict[BlobId, _Pending] = {}  # those of the pending that are not appended yet
+        self._claims_changed = threading.Condition(self._lock)
         self._open: dict[bool, _OpenPack] = {}  # data chunks under False, nodes under True
         self._failures = 0
         self._failure: BackupfsError = StorageUnavailable(reason="unknown")
@@ -113,8 +116,9 @@ class Packer:
         claimed = set()
         with self._lock:
             for blob_id in blob_ids:
-                if blob_id not in self._pending:
-                    self._pending[blob_id] = _Pending()
+                pending = self._pending.setdefault(blob_id, _Pending())
+                if blob_id not in self._claimed and _is_to_be_stored(pending):
+                    self._claimed[blob_id] = pending
                     claimed.add(blob_id)
         return claimed
 
@@ -125,12 +129,19 @@ class Packer:
 
     def append(self, blobs: list[NewBlob]) -> None:
         """Hand over claimed blobs; waits while the packer has more than it may hold."""
+        claims = {}
         with self._lock:
             for blob in blobs:
                 pending = self._pending.get(blob.blob_id)
                 if pending is not None:
                     pending.blob = blob.data
+                    claims[blob.blob_id] = pending
         self._jobs.put(blobs)
+        with self._lock:
+            for blob_id in claims.keys() & self._claimed.keys():
+                if self._claimed[blob_id] is claims[blob_id]:
+                    del self._claimed[blob_id]
+            self._claims_changed.notify_all()
 
     def is_pending(self, blob_id: BlobId) -> bool:
         """Whether a blob is on its way into the repository."""
@@ -153,11 +164,15 @@ class Packer:
                 raise storage_error(error) from error
 
     def seal(self, *, since: int) -> None:
-        """Wait until all that was appended before this call is durable.
+        """Wait until all that was claimed, by whomever, before this call is durable.
 
         Raises:
             StorageError: something pending was lost after ``failures`` was ``since``.
         """
+        with self._lock:
+            # The caller may rely on them, and their writers are still compressing.
+            claims = dict(self._claimed)
+            self._claims_changed.wait_for(lambda: not claims.items() & self._claimed.items())
         token = _Seal()
         self._jobs.put(token)
         token.done.wait()
@@ -264,6 +279,8 @@ class Packer:
                 self._lose({entry.blob_id for entry in pack.entries}, reason)
             self._drop_file(pack)
             return
+        with self._lock:
+            pack.is_durable = True
         self._enter_index(pack)
 
     def _enter_index(self, pack: _OpenPack) -> None:
@@ -284,6 +301,8 @@ class Packer:
     def _lose(self, blob_ids: set[BlobId], reason: BackupfsError) -> None:
         for blob_id in blob_ids:
             self._pending.pop(blob_id, None)
+            self._claimed.pop(blob_id, None)
+        self._claims_changed.notify_all()
         # After the entries are gone: a writer that still found one has the older number.
         self._failure = reason
         self._failures += 1
@@ -293,6 +312,14 @@ class Packer:
         with self._lock:
             os.close(pack.file)
         pack.path.unlink(missing_ok=True)
+
+
+def _is_to_be_stored(pending: _Pending) -> bool:
+    """Whether a blob has no place yet, or one that nobody may rely on."""
+    if pending.pack is None:
+        return pending.blob is None
+    # In place, but not in the index: gc may have condemned the pack without our knowing.
+    return pending.pack.is_durable
 
 
 def _reason(error: Exception) -> BackupfsError:
