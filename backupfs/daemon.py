@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from backupfs.ambient import Ambient
-from backupfs.errors import BackupfsError, Busy, MountFailed
+from backupfs.errors import BackupfsError, Busy, MountFailed, UnmountFailed
 from backupfs.fuse.mount import Mount, mount_device
 from backupfs.fuse.options import MountOptions, parse_mount_options
 from backupfs.repository.repository import cache_folder
@@ -64,22 +64,22 @@ def unmount(mountpoint: str, *, timeout: float = 300) -> None:
 
     Raises:
         Busy: something in the mount is open.
-        MountFailed: nothing of ours is mounted there, or the daemon did not end in time.
+        UnmountFailed: nothing of ours is mounted there, or the daemon did not end in time.
     """
     target = Path(mountpoint).absolute()
     target = Path(os.path.realpath(target.parent)) / target.name
     if mount_device(target) is None:
-        raise MountFailed(mountpoint=mountpoint, reason="no backupfs is mounted there")
+        raise UnmountFailed(mountpoint=mountpoint, reason="no backupfs is mounted there")
     process = _daemon_of(target)
     try:
         is_dead = process is None and _is_dead(target)
     except OSError as error:
-        raise MountFailed(mountpoint=mountpoint, reason=str(error)) from error
+        raise UnmountFailed(mountpoint=mountpoint, reason=str(error)) from error
     _call_umount(target, is_dead=is_dead)
     if process is not None:
         try:
             if not select.select([process], [], [], timeout)[0]:
-                raise MountFailed(
+                raise UnmountFailed(
                     mountpoint=mountpoint,
                     reason=f"unmounted, but the daemon still works after {timeout:.0f} s",
                 )
@@ -147,7 +147,7 @@ def _call_umount(target: Path, *, is_dead: bool) -> None:
     message = result.stderr.strip().splitlines()[-1:] or ["umount failed"]
     if "busy" in message[0]:
         raise Busy(what=f"the mount at {str(target)!r}", holder="open files (see 'fuser -vm')")
-    raise MountFailed(mountpoint=str(target), reason=message[0])
+    raise UnmountFailed(mountpoint=str(target), reason=message[0])
 
 
 def _daemon_of(target: Path) -> int | None:
@@ -169,7 +169,7 @@ def _run(location: str, target: Path, options: MountOptions, on_ready: object) -
         settle_all=options.settle_all,
         publish_on_rename_only=options.publish_on_rename_only,
     )
-    with Service.open(location, ambient=Ambient()) as service:
+    with Service.open(location, ambient=Ambient(), beside_mount=False) as service:
         area = None
         if not options.read_only:
             area = service.open_staging(policy, mountpoint=str(target))

@@ -196,5 +196,9 @@ class MountFailed(StorageError):
     template = "cannot mount {mountpoint!r}: {reason}"
 
 
+class UnmountFailed(StorageError):
+    template = "cannot unmount {mountpoint!r}: {reason}"
+
+
 class LockTimeout(StorageError):
     template = "waited {seconds:.0f} s for {what}, held by {holder}"

@@ -31,6 +31,7 @@ from backupfs.format.names import check_volume_name, volume_of
 from backupfs.format.record import (
     Description,
     Record,
+    backup_id_of,
     canonical_backup_id,
     encode_record,
 )
@@ -50,11 +51,16 @@ from backupfs.reports import (
 from backupfs.repository import gc as garbage
 from backupfs.repository.rebuild import list_packs
 from backupfs.repository.repository import Repository, init_repository
-from backupfs.repository.verify import Verification
+from backupfs.repository.verify import Finding, Verification
 from backupfs.retention import RetentionPolicy, kept_ids
 from backupfs.selecting import select
 from backupfs.staging.area import StagingArea
-from backupfs.staging.drafts import list_drafts, mountpoint_of, publish_through_mount
+from backupfs.staging.drafts import (
+    list_drafts,
+    mountpoint_of,
+    publish_through_mount,
+    wait_for_mount,
+)
 from backupfs.staging.events import EventLog
 from backupfs.staging.lifecycle import Policy
 from backupfs.staging.publish import LATEST, Publication
@@ -116,10 +122,18 @@ class Service:
         self.catalogue.refresh()
 
     @classmethod
-    def open(cls, location: str, *, ambient: Ambient | None = None) -> Service:
-        """Raises: RepositoryNotFound, CorruptObject, UnsupportedFormat, StorageError."""
+    def open(
+        cls, location: str, *, ambient: Ambient | None = None, beside_mount: bool = True
+    ) -> Service:
+        """Open a repository; with ``beside_mount`` all that was closed in a mount of it on this host
+        before is seen as backups. Only the mount itself must not wait for itself.
+
+        Raises: RepositoryNotFound, CorruptObject, UnsupportedFormat, StorageError.
+        """
         repository = Repository.open(location, ambient or Ambient())
         try:
+            if beside_mount:
+                wait_for_mount(repository)
             return cls(repository)
         except BaseException:
             repository.close()
@@ -315,7 +329,7 @@ class Service:
                 Damage(
                     object_name=finding.object_name,
                     reason=finding.reason,
-                    backup_id=finding.record.backup_id if finding.record else None,
+                    backup_id=_backup_hit(finding),
                     volume=finding.record.volume if finding.record else None,
                     offset=finding.offset,
                     size=finding.size,
@@ -396,6 +410,13 @@ class Service:
             ambient=self.repository.ambient,
             mountpoint=mountpoint,
         )
+
+
+def _backup_hit(finding: Finding) -> str | None:
+    """The backup that damage hits: the one it was found in, or whose record it is."""
+    if finding.record is not None:
+        return finding.record.backup_id
+    return backup_id_of(finding.object_name)
 
 
 def _check_volume(volume: str) -> None:

@@ -42,6 +42,7 @@ EXIT_CODES: dict[type[errors.BackupfsError], int] = {
     errors.SourceFailed: FAILED,
     errors.TargetFailed: FAILED,
     errors.MountFailed: FAILED,
+    errors.UnmountFailed: FAILED,
     errors.LockTimeout: FAILED,
 }
 

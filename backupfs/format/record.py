@@ -83,6 +83,12 @@ def record_name(backup_id: str) -> ObjectName:
     return ObjectName(f"{RECORDS_PREFIX}{backup_id}.msgpack")
 
 
+def backup_id_of(name: str) -> str | None:
+    """The backup whose record an object of that name is; None for other objects."""
+    stem = name.removeprefix(RECORDS_PREFIX).removesuffix(".msgpack")
+    return stem if is_backup_id(stem) and name == record_name(stem) else None
+
+
 def is_backup_id(text: str) -> bool:
     """Whether ``text`` is written as backup ids are: a UUID in lower case."""
     return _UUID.fullmatch(text) is not None

@@ -45,6 +45,7 @@ ERRNO_OF: dict[type[errors.BackupfsError], int] = {
     errors.SourceFailed: errno.EIO,
     errors.TargetFailed: errno.EIO,
     errors.MountFailed: errno.EIO,
+    errors.UnmountFailed: errno.EIO,
     errors.LockTimeout: errno.EBUSY,
 }
 

@@ -55,6 +55,7 @@ class FileRequests(Requests):
             assert entry.staged is not None
             if not writing:
                 return self._opened(StagedReader(entry.staged))
+            await self._published(entry.staged)
             handle = await self.threads.slow(
                 self._writable().open_write, entry.staged, truncate=bool(flags & os.O_TRUNC)
             )
@@ -64,6 +65,7 @@ class FileRequests(Requests):
             return await self._open_text_writer(entry, bool(flags & os.O_TRUNC))
         if entry.kind is Kind.BACKUP:
             return self._open_backup(entry)
+        await self._published()  # so that the status counts what was closed before
         return self._opened(TextReader(await self._content(entry)), direct=True)
 
     def _open_backup(self, entry: Entry) -> FileInfo:
@@ -144,7 +146,7 @@ class FileRequests(Requests):
         handle = self._handles.pop(fh)
         if isinstance(handle, StagedWriter):
             interrupted = was_killed(handle.opener)
-            async with self._a_publish():
+            async with self._a_publish(handle.staged):
                 await self.threads.slow(
                     self._writable().release, handle.handle, interrupted=interrupted
                 )

@@ -29,6 +29,7 @@ READ_AHEAD_KIB = 2048
 REFRESH_SECONDS = 0.5
 TICK_SECONDS = 0.2
 STDERR_SIZE_MAX = 4096
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MOUNTINFO = Path("/proc/self/mountinfo")
 
 
@@ -74,6 +75,8 @@ class Mount:
 
         SIGTERM and SIGINT unmount. Raises: MountFailed.
         """
+        # From here to the receiver below a signal would end the process and leave a dead mount.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         with _noted_stderr() as said:
             try:
                 pyfuse3.init(self._operations, str(self._mountpoint), self._fuse_options())
@@ -109,7 +112,8 @@ class Mount:
         on_ready()
 
     async def _watch_signals(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        with trio.open_signal_receiver(*SIGNALS) as signals:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             async for number in signals:
                 log.info("unmounting on %s", signal.Signals(number).name)
                 pyfuse3.terminate()

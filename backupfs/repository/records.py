@@ -10,9 +10,9 @@ from backupfs.format.record import (
     RECORD_SIZE_MAX,
     RECORDS_PREFIX,
     Record,
+    backup_id_of,
     decode_record,
     encode_record,
-    is_backup_id,
     record_name,
 )
 from backupfs.storage.base import Storage
@@ -74,6 +74,6 @@ class RecordStore:
 
     def _listed(self) -> Iterator[str]:
         for info in self._storage.list(RECORDS_PREFIX):
-            stem = info.name.removeprefix(RECORDS_PREFIX).removesuffix(".msgpack")
-            if is_backup_id(stem):
-                yield stem
+            backup_id = backup_id_of(info.name)
+            if backup_id is not None:
+                yield backup_id

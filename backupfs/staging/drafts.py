@@ -6,8 +6,10 @@ its status file and by an attribute set on a staged file. Otherwise the kept sta
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import threading
 from datetime import datetime
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from backupfs.staging.state_store import current_holder, host_folder, load_state
 
 PUBLISH_ATTRIBUTE = "user.backupfs.publish"
 STATUS_PATH = ".backupfs/status.json"
+MOUNT_SECONDS_MAX = 10.0
 
 
 def mountpoint_of(repository: Repository) -> str | None:
@@ -34,6 +37,27 @@ def mountpoint_of(repository: Repository) -> str | None:
     if found.mountpoint is None:
         raise Busy(what="the staging area", holder=f"process {found.process_id}")
     return found.mountpoint
+
+
+def wait_for_mount(repository: Repository) -> None:
+    """Let a mount of the repository on this host publish what was closed before this call.
+
+    A program's close returns a moment before the daemon makes a backup of what it wrote; a look
+    into ``volumes/`` waits for that. A mount that does not answer is not waited for.
+    """
+    try:
+        mountpoint = mountpoint_of(repository)
+    except Busy:
+        return
+    if mountpoint is not None:
+        look = threading.Thread(target=_look_into, args=(mountpoint,), daemon=True)
+        look.start()
+        look.join(MOUNT_SECONDS_MAX)
+
+
+def _look_into(mountpoint: str) -> None:
+    with contextlib.suppress(OSError):
+        os.close(os.open(Path(mountpoint) / "volumes", os.O_RDONLY | os.O_DIRECTORY))
 
 
 def list_drafts(repository: Repository) -> list[DraftInfo]:
