@@ -30,6 +30,7 @@ from backupfs.format.config import (
 from backupfs.format.ids import IdScheme
 from backupfs.repository.blobs import BlobReader
 from backupfs.repository.chunks import Avoided, ChunkStore
+from backupfs.repository.images import Root
 from backupfs.repository.index import Index
 from backupfs.repository.metadata import MetadataStore
 from backupfs.repository.packer import Packer
@@ -103,8 +104,12 @@ class Writer:
             refresh=repository.refresh_index,
         )
         self._spool = repository.folder / "spool" / self.session.session_id
-        with translated():
-            self._spool.mkdir(parents=True)
+        try:
+            with translated():
+                self._spool.mkdir(parents=True)
+        except BaseException:
+            self.session.close()  # or gc would wait for a writer that never was
+            raise
         self.packer = Packer(
             storage=repository.storage,
             ids=repository.ids,
@@ -125,9 +130,17 @@ class Writer:
         self.credit = Credit(CREDIT_SIZE)
         self.open_share = OpenShare(OPEN_SIZE_MAX // config.chunk_size)
         repository.reader.attach(self.packer)
+        # The first of all checkpoints: what drafts rely on must be known before they are asked.
+        self.session.add_checkpoint(self._settle_packs)
+
+    def _settle_packs(self) -> set[Root]:
+        """For gc: every pack it can have seen is in the index, where a condemned one is avoided."""
+        self.packer.seal(since=self.packer.failures)
+        return set()
 
     def close(self) -> None:
         """Make what was stored durable, then leave the session."""
+        self.session.stop_watching()  # its checkpoints need the threads that end now
         self.workers.close()
         self.packer.close()
         self.session.close()

@@ -212,11 +212,8 @@ def test_what_was_in_use_when_the_host_ended_is_not_believed(folder, monkeypatch
 def test_opening_it_takes_the_mark_of_a_clean_end_away_first(folder, monkeypatch):
     """After a power cut the pages may be newer than the page that numbers the transaction."""
     make(folder)
-    subprocess.run(
-        [sys.executable, "-c", ADD_AND_DIE.replace("index.add_pack", "0 and index.add_pack")]
-        + [str(folder)],
-        check=False,
-    )
+    open_and_die = ADD_AND_DIE.replace("index.add_pack", "0 and index.add_pack")
+    subprocess.run([sys.executable, "-c", open_and_die, str(folder)], check=False)
 
     next_boot(monkeypatch, folder)
 
