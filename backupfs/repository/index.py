@@ -124,6 +124,9 @@ class Index:
 
     def forget_packs(self, pack_ids: Iterable[PackId]) -> None:
         """Take packs out that are gone; what lay in them counts as absent."""
+        pack_ids = list(pack_ids)
+        if not pack_ids:
+            return
         with self._writing() as transaction:
             for pack_id in pack_ids:
                 number = transaction.pop(pack_id, db=self._numbers)

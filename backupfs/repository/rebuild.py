@@ -59,19 +59,22 @@ def read_footer(
         raise CorruptObject(name=name, reason=str(error)) from error
 
 
-def refresh_index(
-    storage: Storage, ids: IdScheme, index: Index, packs: dict[PackId, int] | None = None
-) -> list[CorruptObject]:
+def refresh_index(storage: Storage, ids: IdScheme, index: Index) -> list[CorruptObject]:
     """Make the index list just the packs that exist; what is wrong with those it could not take.
 
     Raises: StorageError.
     """
-    existing = list_packs(storage) if packs is None else packs
+    # Known before existing: who adds a pack has put it in place before, who deletes one deletes it
+    # before it is forgotten. So what is known and not listed is gone, and not merely new.
     known = index.pack_ids()
-    gone = known - existing.keys()
-    if gone:
-        index.forget_packs(gone)
-    return list(_take_in(storage, ids, index, sorted(existing.keys() - known), existing))
+    existing = list_packs(storage)
+    index.forget_packs(known - existing.keys())
+    new = existing.keys() - known
+    damage = list(_take_in(storage, ids, index, sorted(new), existing))
+    if new:
+        # A gc may have deleted and forgotten one of them before it was taken in.
+        index.forget_packs(new - list_packs(storage).keys())
+    return damage
 
 
 def _take_in(

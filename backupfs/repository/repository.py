@@ -7,6 +7,7 @@ with the first caller of ``writer``.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import threading
 from pathlib import Path
@@ -158,7 +159,7 @@ class Repository:
         self.ambient = ambient
         self.ids = IdScheme()
         self.config = _read_config(storage, self.ids)
-        self.index = Index.open(cache_folder(self.config.repository_id))
+        self.index = Index.open(cache_folder(_cache_name(self.config, self.folder)))
         self.avoided = Avoided()
         self.records = RecordStore(storage, self.ids)
         self.metadata = MetadataStore(storage, self.ids)
@@ -214,14 +215,21 @@ class Repository:
             self.refresh_index()
 
 
-def cache_folder(repository_id: str) -> Path:
-    """Where this host keeps its index of a repository; never inside the repository."""
+def cache_folder(name: str) -> Path:
+    """Where this host keeps what can be made anew; never inside a repository."""
     cache_home = os.environ.get("XDG_CACHE_HOME")
     if cache_home and Path(cache_home).is_absolute():
-        return Path(cache_home) / "backupfs" / repository_id
+        return Path(cache_home) / "backupfs" / name
     if os.geteuid() == 0:
-        return Path("/var/cache/backupfs") / repository_id
-    return Path.home() / ".cache" / "backupfs" / repository_id
+        return Path("/var/cache/backupfs") / name
+    return Path.home() / ".cache" / "backupfs" / name
+
+
+def _cache_name(config: RepositoryConfig, folder: Path) -> str:
+    """A name for the index of the repository in ``folder``."""
+    # By place too: a copy of a repository has the same id, and soon other packs.
+    place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    return f"{config.repository_id}-{place}"
 
 
 def _read_config(storage: LocalStorage, ids: IdScheme) -> RepositoryConfig:
