@@ -122,8 +122,11 @@ class Index:
                     transaction.delete(entry.blob_id, db=self._damaged)
             self._bump_generation(transaction)
 
-    def forget_packs(self, pack_ids: Iterable[PackId]) -> None:
-        """Take packs out that are gone; what lay in them counts as absent."""
+    def forget_packs(self, pack_ids: Iterable[PackId], *, leaves_gaps: bool = False) -> None:
+        """Take packs out that are gone; what lay in them counts as absent.
+
+        ``leaves_gaps``: packs that stay may hold copies of it; see ``gaps``.
+        """
         pack_ids = list(pack_ids)
         if not pack_ids:
             return
@@ -132,7 +135,35 @@ class Index:
                 number = transaction.pop(pack_id, db=self._numbers)
                 if number is not None:
                     transaction.delete(number, db=self._packs)
-            self._bump_generation(transaction)
+            generation = self._bump_generation(transaction)
+            if leaves_gaps:
+                transaction.put(b"gaps", generation, db=self._meta)
+
+    def gaps(self) -> bytes | None:
+        """None, or a mark that blobs may count as absent of which some pack has a copy."""
+        with self._environment.begin() as transaction:
+            mark: bytes | None = transaction.get(b"gaps", db=self._meta)
+            return mark
+
+    def fill_gaps(self, pack_id: PackId, entries: Iterable[PackEntry]) -> None:
+        """Take in those blobs of a known pack that count as absent."""
+        with self._writing() as transaction:
+            number = transaction.get(pack_id, db=self._numbers)
+            if number is None:
+                return
+            known = self._known_packs(transaction)
+            for entry in entries:
+                key = entry.blob_id[:KEY_SIZE]
+                value = transaction.get(key, db=self._blobs)
+                if value is None or LOCATION.unpack(value)[0] not in known:
+                    place = LOCATION.pack(*NUMBER.unpack(number), entry.offset, entry.size)
+                    transaction.put(key, place, db=self._blobs)
+
+    def close_gaps(self, mark: bytes) -> None:
+        """All packs were gone through since ``gaps`` gave ``mark``."""
+        with self._writing() as transaction:
+            if transaction.get(b"gaps", db=self._meta) == mark:
+                transaction.delete(b"gaps", db=self._meta)
 
     def pack_ids(self) -> set[PackId]:
         """The packs taken in and not forgotten."""
@@ -201,9 +232,11 @@ class Index:
         transaction.put(b"next_number", str(number + 1).encode(), db=self._meta)
         return number
 
-    def _bump_generation(self, transaction: Any) -> None:
+    def _bump_generation(self, transaction: Any) -> bytes:
         generation = int(transaction.get(b"generation", b"0", db=self._meta)) + 1
-        transaction.put(b"generation", str(generation).encode(), db=self._meta)
+        encoded = str(generation).encode()
+        transaction.put(b"generation", encoded, db=self._meta)
+        return encoded
 
 
 # One environment per folder and process: the library forbids a second.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,54 @@ def test_copies_of_a_repository_have_indexes_of_their_own(location, scratch):
         assert [restored(service, record) for record in records] == [old, new]
         service.repository.refresh_index()
         assert is_clean(service)
+
+
+@pytest.fixture
+def two_users(
+    location: str, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Service, Service]]:
+    """Two services of one repository, each with an index of its own, as those of two users."""
+    with Service.open(location) as one:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(scratch / "cache of another user"))
+        with Service.open(location) as other:
+            yield one, other
+
+
+def test_a_blob_stored_twice_outlives_the_gc_of_either_index(two_users):
+    """Each index may know another copy of a blob; gc by one deletes what the other relies on."""
+    one, other = two_users
+    image = noise(200_000, seed=1)
+    for service in two_users:
+        service.repository.writer()
+    records = [back_up(one, image), back_up(other, image)]
+    assert len(list_packs(one.repository.storage)) == 4
+    for service in two_users:
+        service.repository.refresh_index()
+
+    one.gc()
+    other.gc()
+    one.gc()
+
+    assert len(list_packs(one.repository.storage)) == 2
+    for service in two_users:
+        service.refresh()
+        assert is_clean(service)
+        assert [restored(service, record) for record in records] == [image, image]
+
+
+def test_a_reader_finds_the_copy_that_the_gc_of_another_index_has_left(two_users):
+    one, other = two_users
+    image = noise(200_000, seed=1)
+    for service in two_users:
+        service.repository.writer()
+    back_up(one, image)
+    record = back_up(other, image)
+    other.repository.refresh_index()
+    other.repository.storage.close()  # or a deleted pack would still be read
+
+    one.gc()
+
+    assert restored(other, record) == image
 
 
 def test_one_repository_by_two_names_is_one(location, scratch):
