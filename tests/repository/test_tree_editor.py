@@ -89,7 +89,8 @@ class EditedTree(RuleBasedStateMachine):
         self.memory = NodesInMemory()
         self.editor = editor(self.memory)
         self.chunks: dict[int, BlobId] = {}
-        self.saved: list[tuple[Root, dict[int, BlobId], int]] = []
+        self.count = 0  # chunks of the image, holes among them
+        self.saved: list[tuple[Root, dict[int, BlobId], int, int]] = []
         self.before = images.DIRTY_NODES_MAX
         images.DIRTY_NODES_MAX = dirty_max
 
@@ -104,25 +105,28 @@ class EditedTree(RuleBasedStateMachine):
     def put(self, changes: list[tuple[int, int]]) -> None:
         self.editor.put([(place, chunk_id(number)) for place, number in changes])
         self.chunks |= {place: chunk_id(number) for place, number in changes}
+        self.count = max(self.count, *(place + 1 for place, _number in changes))
 
     @rule(count=st.sampled_from(PLACES))
     def cut(self, count: int) -> None:
         self.editor.cut(count)
         self.chunks = {place: name for place, name in self.chunks.items() if place < count}
+        self.count = min(self.count, count)
 
     @rule(room=st.integers(0, 2))
     def flush(self, room: int) -> None:
-        self.editor.fit(self.least_height() + room)
+        height = tree.height(self.count, chunk_size=1) + room
+        self.editor.fit(height)
         root = self.editor.flush()
-        assert root.height == self.least_height() + room
-        self.saved.append((root, dict(self.chunks), self.editor.data_count))
+        assert root.height == height
+        self.saved.append((root, dict(self.chunks), self.count, self.editor.data_count))
 
     @precondition(lambda self: self.saved)
     @rule(data=st.data())
     def reopen(self, data: st.DataObject) -> None:
-        root, chunks, data_count = data.draw(st.sampled_from(self.saved))
+        root, chunks, count, data_count = data.draw(st.sampled_from(self.saved))
         self.editor = editor(self.memory, root, data_count)
-        self.chunks = dict(chunks)
+        self.chunks, self.count = dict(chunks), count
 
     @rule(first=st.sampled_from(PLACES), count=st.integers(1, 2 * FANOUT))
     def read(self, first: int, count: int) -> None:
@@ -140,7 +144,7 @@ class EditedTree(RuleBasedStateMachine):
 
     @invariant()
     def saved_trees_never_change(self) -> None:
-        for root, chunks, _data_count in getattr(self, "saved", [])[-3:]:
+        for root, chunks, _count, _data_count in getattr(self, "saved", [])[-3:]:
             found = {
                 first + place: name
                 for first, names in walk(self.memory, root, enter=lambda _id, _level: True)
@@ -148,10 +152,6 @@ class EditedTree(RuleBasedStateMachine):
                 if name != HOLE
             }
             assert found == {place: name for place, name in chunks.items() if name != HOLE}
-
-    def least_height(self) -> int:
-        size = max(self.chunks, default=0) + 1
-        return tree.height(size, chunk_size=1)
 
 
 TestEditedTree = EditedTree.TestCase
