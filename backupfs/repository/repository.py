@@ -168,6 +168,7 @@ class Repository:
             ids=self.ids,
             index=self.index,
             chunk_size=self.config.chunk_size,
+            avoided=self.avoided,
             refresh=self._refresh_for_reader,
         )
         self._writer: Writer | None = None

@@ -218,6 +218,7 @@ def reader_without_caches(parts: Parts) -> BlobReader:
         ids=parts.ids,
         index=parts.index,
         chunk_size=parts.store.chunk_size,
+        avoided=parts.avoided,
         refresh=lambda *, is_known: None,
     )
 
