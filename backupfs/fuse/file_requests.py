@@ -113,11 +113,12 @@ class FileRequests(Requests):
         handle = self._handles[fh]
         if isinstance(handle, StagedWriter):
             area, staged = self._writable(), handle.staged
-            if staged.is_marked:
-                area.note_write(handle.handle)
-            else:
-                await self.threads.slow(area.note_write, handle.handle)
+            if staged.wants_mark:
+                await self.threads.slow(area.begin_writing, handle.handle)
+            area.note_write(handle.handle)
             staged.draft.write(off, buf)
+            if staged.wants_mark:  # the flush of another handle, just now, took the mark away
+                await self.threads.slow(area.begin_writing, handle.handle)
             # Back-pressure: an unthrottled loop would keep the interpreter from the workers.
             await self.threads.below(self._service.repository.writer().credit)
         elif isinstance(handle, TextWriter):
