@@ -33,6 +33,7 @@ from backupfs.fuse.threads import Threads
 from backupfs.service import Service, StagingArea
 from backupfs.staging.area import WriteHandle
 from backupfs.staging.lifecycle import is_temporary
+from backupfs.staging.staged_file import StagedFile
 
 log = logging.getLogger(__name__)
 
@@ -89,13 +90,13 @@ class Requests(pyfuse3.Operations):
         self._folder_handles: dict[int, list[tuple[str, Entry]] | Entry] = {}
         self._next_handle = 1
         self._sidecars: dict[str, TextWriter] = {}
-        self._publishing: set[trio.Event] = set()
+        self._publishing: dict[trio.Event, StagedFile] = {}
         self.threads: Threads  # set inside the event loop, before the first request
 
     def _entry(self, inode: int) -> Entry:
         entry = self._inodes.entry(inode)
-        if entry is None:
-            raise FUSEError(errno.ESTALE)
+        if entry is None or (entry.kind is Kind.SIDECAR and entry.key not in self._sidecars):
+            raise FUSEError(errno.ESTALE)  # the kernel looks the name up again
         return entry
 
     def _child(self, parent: Entry, name: bytes) -> Entry:
@@ -148,20 +149,24 @@ class Requests(pyfuse3.Operations):
         return f"{folder.key}/{text}" if folder.key else text
 
     @contextlib.asynccontextmanager
-    async def _a_publish(self) -> AsyncIterator[None]:
+    async def _a_publish(self, staged: StagedFile) -> AsyncIterator[None]:
         """Something that may publish is under way; counted from before the first await."""
         event = trio.Event()
-        self._publishing.add(event)
+        self._publishing[event] = staged
         try:
             yield
         finally:
-            self._publishing.discard(event)
+            del self._publishing[event]
             event.set()
 
-    async def _published(self) -> None:
-        """Wait for what began to publish before now; what begins later is not waited for."""
-        for event in list(self._publishing):
-            await event.wait()
+    async def _published(self, staged: StagedFile | None = None) -> None:
+        """Wait for what began to publish before now, or only for that of one staged file.
+
+        What begins later is not waited for.
+        """
+        for event, publishing in list(self._publishing.items()):
+            if staged is None or publishing is staged:
+                await event.wait()
 
     async def _create_staged(
         self, parent: Entry, name: bytes, mode: int, ctx: RequestContext
