@@ -423,7 +423,7 @@ class StagingArea:
             staged.became_backup(published.backup_id, self._ambient.new_uuid())
             self._save_if_possible(staged)
         elif self._states.was_writing(staged.draft_id, staged.sequence):
-            staged.changed = staged.interrupted = True
+            staged.changed = staged.interrupted = staged.is_marked = True
             self._hold(staged, "backupfs ended while it was being written")
         elif staged.changed and staged.state is not State.HELD:  # what is held stays so
             # A rename that had returned had published; of any other nobody was told.

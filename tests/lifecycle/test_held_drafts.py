@@ -119,6 +119,28 @@ def test_kill_while_one_of_two_writers_still_writes_holds_the_file(mounted: Site
     mounted.assert_verified()
 
 
+def test_what_a_kill_held_is_a_head_like_any_other_once_published(mounted: Site) -> None:
+    """The mark that it was being written must not outlive that: later patches would be held."""
+    data = content(MIB, 1)
+    mounted.copy_in("vm.img", data)
+    file = os.open(mounted.staging / "vm.img", os.O_WRONLY)
+    os.pwrite(file, b"half of a patch", 0)
+    mounted.kill()
+    with pytest.raises(OSError):
+        os.close(file)
+    mounted.mount()
+    mounted.command("publish", "vm.img")
+
+    mounted.kill()
+    mounted.mount()
+
+    assert mounted.drafts() == {}
+    with (mounted.staging / "vm.img").open("r+b") as whole:
+        whole.write(b"all of a patch")
+    assert mounted.drafts() == {}
+    assert_same(mounted.latest("vm").read_bytes(), b"all of a patch" + data[14:], "vm")
+
+
 def test_writers_that_all_closed_are_published_after_a_kill(mounted: Site) -> None:
     data = content(4 * MIB, 9)
     mounted.copy_in("vm.img", data)
