@@ -64,6 +64,7 @@ class Index:
         self._packs = environment.open_db(b"packs")  # number -> pack id
         self._numbers = environment.open_db(b"numbers")  # pack id -> number
         self._damaged = environment.open_db(b"damaged")  # whole blob id -> b""
+        self._suspects = environment.open_db(b"suspects")  # pack id -> b""
         self._meta = environment.open_db(b"meta")
         self._lock = threading.Lock()
         self._generation = -1
@@ -111,15 +112,14 @@ class Index:
             number = self._next_number(transaction)
             transaction.put(NUMBER.pack(number), pack_id, db=self._packs)
             transaction.put(pack_id, NUMBER.pack(number), db=self._numbers)
+            if transaction.stat(self._damaged)["entries"]:
+                self._note_healed(transaction, ordered)
             transaction.cursor(db=self._blobs).putmulti(
                 [
                     (entry.blob_id[:KEY_SIZE], LOCATION.pack(number, entry.offset, entry.size))
                     for entry in ordered
                 ]
             )
-            if transaction.stat(self._damaged)["entries"]:
-                for entry in ordered:
-                    transaction.delete(entry.blob_id, db=self._damaged)
             self._bump_generation(transaction)
 
     def forget_packs(self, pack_ids: Iterable[PackId], *, leaves_gaps: bool = False) -> None:
@@ -135,6 +135,7 @@ class Index:
                 number = transaction.pop(pack_id, db=self._numbers)
                 if number is not None:
                     transaction.delete(number, db=self._packs)
+                transaction.delete(pack_id, db=self._suspects)
             generation = self._bump_generation(transaction)
             if leaves_gaps:
                 transaction.put(b"gaps", generation, db=self._meta)
@@ -193,6 +194,14 @@ class Index:
             with transaction.cursor(db=self._damaged) as cursor:
                 return frozenset(BlobId(bytes(key)) for key in cursor.iternext(values=False))
 
+    def suspects(self) -> set[PackId]:
+        """Packs with a damaged copy of a blob that is whole in another pack."""
+        with (
+            self._environment.begin() as transaction,
+            transaction.cursor(db=self._suspects) as cursor,
+        ):
+            return {PackId(bytes(pack_id)) for pack_id in cursor.iternext(values=False)}
+
     def entry_count(self) -> int:
         """Blobs listed, those of packs that are gone among them."""
         with self._environment.begin() as transaction:
@@ -201,7 +210,7 @@ class Index:
     def clear(self) -> None:
         """Forget everything; the packs are the truth."""
         with self._writing() as transaction:
-            for database in (self._blobs, self._packs, self._numbers, self._damaged):
+            for database in self._databases():
                 transaction.drop(database, delete=False)
             self._bump_generation(transaction)
 
@@ -226,6 +235,20 @@ class Index:
                     }
                 self._generation = generation
             return self._pack_ids
+
+    def _note_healed(self, transaction: Any, entries: Iterable[PackEntry]) -> None:
+        """These blobs get a new place: what was damaged of them is no more, but for the copy."""
+        known = self._known_packs(transaction)
+        for entry in entries:
+            if transaction.delete(entry.blob_id, db=self._damaged):
+                value = transaction.get(entry.blob_id[:KEY_SIZE], db=self._blobs)
+                pack_id = known.get(LOCATION.unpack(value)[0]) if value is not None else None
+                if pack_id is not None:
+                    transaction.put(pack_id, b"", db=self._suspects)
+
+    def _databases(self) -> tuple[Any, ...]:
+        """All but what must survive ``clear``."""
+        return (self._blobs, self._packs, self._numbers, self._damaged, self._suspects)
 
     def _next_number(self, transaction: Any) -> int:
         number = int(transaction.get(b"next_number", b"1", db=self._meta))

@@ -31,7 +31,6 @@ from backupfs.format.config import (
 from backupfs.format.ids import IdScheme
 from backupfs.repository.blobs import BlobReader
 from backupfs.repository.chunks import Avoided, ChunkStore
-from backupfs.repository.images import Root
 from backupfs.repository.index import Index
 from backupfs.repository.metadata import MetadataStore
 from backupfs.repository.packer import Packer
@@ -131,13 +130,11 @@ class Writer:
         self.credit = Credit(CREDIT_SIZE)
         self.open_share = OpenShare(OPEN_SIZE_MAX // config.chunk_size)
         repository.reader.attach(self.packer)
-        # The first of all checkpoints: what drafts rely on must be known before they are asked.
-        self.session.add_checkpoint(self._settle_packs)
+        self.session.settle = self._settle_packs
 
-    def _settle_packs(self) -> set[Root]:
+    def _settle_packs(self) -> None:
         """For gc: every pack it can have seen is in the index, where a condemned one is avoided."""
         self.packer.seal(since=self.packer.failures)
-        return set()
 
     def close(self) -> None:
         """Make what was stored durable, then leave the session."""

@@ -101,6 +101,8 @@ class Session:
         refresh: Callable[[], object],
     ) -> None:
         self.session_id = ambient.random_bytes(16).hex()
+        # Called before all checkpoints: makes sure that nobody can go on relying on condemned packs.
+        self.settle: Callable[[], None] = lambda: None
         self._storage = storage
         self._avoided = avoided
         self._refresh = refresh
@@ -191,6 +193,8 @@ class Session:
         self._plans_mark = mark
 
     def _acknowledge(self, plan_id: str) -> None:
+        self.settle()
+        # Only now: who comes later relies on nothing that is condemned.
         with self._lock:
             checkpoints = list(self._checkpoints)
         roots: set[Root] = set()

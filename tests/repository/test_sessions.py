@@ -185,7 +185,7 @@ def test_a_plan_is_avoided_then_acknowledged_with_all_roots(start, watch, storag
         order.append(avoided.packs)
         return {ROOT_1}
 
-    session.add_checkpoint(checkpoint)
+    session.settle = lambda: session.add_checkpoint(checkpoint)  # a writer that starts meanwhile
     session.hold(ROOT_2)
 
     plan = publish_plan(storage, "p", PACK_A)
