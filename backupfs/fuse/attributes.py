@@ -70,6 +70,13 @@ class Attributes:
             self._fill_text(attributes, entry, text_size)
         return attributes
 
+    def of_removed(self, entry: Entry, record: Record) -> pyfuse3.EntryAttributes:
+        """The attributes of a backup that was deleted and is still open."""
+        attributes = self._common(entry)
+        self._fill_backup(attributes, record)
+        attributes.st_nlink = 0
+        return attributes
+
     def xattrs(self, entry: Entry) -> dict[str, str]:
         """The extended attributes of ``entry``, with their prefix."""
         values: dict[str, str] = {}

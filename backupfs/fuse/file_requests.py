@@ -19,7 +19,6 @@ from backupfs.fuse.handles import (
 from backupfs.fuse.layout import RECORD_SUFFIX, Entry, Kind
 from backupfs.fuse.openers import was_killed
 from backupfs.fuse.requests import Requests, answered, staged_entry, text_of
-from backupfs.repository.images import Root
 from backupfs.service import Image
 from backupfs.staging.lifecycle import is_temporary
 
@@ -70,11 +69,11 @@ class FileRequests(Requests):
 
     def _open_backup(self, entry: Entry) -> FileInfo:
         record = self._service.resolve(entry.key)
-        root = Root(record.root, record.height)
+        handle = BackupHandle(self._service.open_image(record), record)
         if self._area is not None:
-            self._service.repository.writer().session.hold(root)
+            self._service.repository.writer().session.hold(handle.root)
         # An image never changes, so the pages the kernel has of it stay good.
-        return self._opened(BackupHandle(self._service.open_image(record), root), keep=True)
+        return self._opened(handle, keep=True)
 
     async def _open_text_writer(self, entry: Entry, truncate: bool) -> FileInfo:
         self._writable()

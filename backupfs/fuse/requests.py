@@ -22,6 +22,7 @@ from backupfs.fuse import handles
 from backupfs.fuse.attributes import Attributes
 from backupfs.fuse.errno_table import errno_of
 from backupfs.fuse.handles import (
+    BackupHandle,
     Handle,
     StagedWriter,
     TextWriter,
@@ -123,7 +124,17 @@ class Requests(pyfuse3.Operations):
             if entry.kind is Kind.RECORD and self._service.catalogue.get(entry.key) is None:
                 return None
             text_size = len(await self._content(entry))
-        return self._attributes.of(entry, text_size=text_size)
+        attributes = self._attributes.of(entry, text_size=text_size)
+        if attributes is None and entry.kind is Kind.BACKUP:
+            return self._stat_removed(entry)
+        return attributes
+
+    def _stat_removed(self, entry: Entry) -> EntryAttributes | None:
+        """A backup without a name is a file as long as somebody has it open."""
+        for handle in self._handles.values():
+            if isinstance(handle, BackupHandle) and handle.record.backup_id == entry.key:
+                return self._attributes.of_removed(entry, handle.record)
+        return None
 
     async def _content(self, entry: Entry) -> bytes:
         if entry.kind is Kind.SIDECAR:
