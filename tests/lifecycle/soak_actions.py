@@ -195,7 +195,8 @@ class Lane:
         promise = Promise(self.volume, self.name, f"delete {backup_id}", deleted=backup_id)
         if rng.random() < 0.3:
             return Action(promise, command=("delete", backup_id))
-        return Action(promise, [["rm", "-f", self.site.backups / f"{backup_id}.img"]])
+        # Not "rm -f": that is content where the daemon has ended and nothing is mounted.
+        return Action(promise, [["unlink", self.site.backups / f"{backup_id}.img"]])
 
     def export(self, model: Model, rng: random.Random) -> Action:
         backup_id = rng.choice(model.of_volume(self.volume))
