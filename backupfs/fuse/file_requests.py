@@ -21,6 +21,7 @@ from backupfs.fuse.openers import was_killed
 from backupfs.fuse.requests import Requests, answered, staged_entry, text_of
 from backupfs.service import Image
 from backupfs.staging.lifecycle import is_temporary
+from backupfs.staging.staged_file import StagedFile
 
 
 class FileRequests(Requests):
@@ -53,7 +54,7 @@ class FileRequests(Requests):
         if entry.kind is Kind.STAGED:
             assert entry.staged is not None
             if not writing:
-                return self._opened(StagedReader(entry.staged))
+                return self._open_staged_reader(entry.staged)
             await self._published(entry.staged)
             handle = await self.threads.slow(
                 self._writable().open_write, entry.staged, truncate=bool(flags & os.O_TRUNC)
@@ -66,6 +67,11 @@ class FileRequests(Requests):
             return self._open_backup(entry)
         await self._published()  # so that the status counts what was closed before
         return self._opened(TextReader(await self._content(entry)), direct=True)
+
+    def _open_staged_reader(self, staged: StagedFile) -> FileInfo:
+        handle = StagedReader(staged, staged.draft.saved.root)
+        self._service.repository.writer().session.hold(handle.root)
+        return self._opened(handle)
 
     def _open_backup(self, entry: Entry) -> FileInfo:
         record = self._service.resolve(entry.key)
@@ -150,7 +156,7 @@ class FileRequests(Requests):
                 await self.threads.slow(
                     self._writable().release, handle.handle, interrupted=interrupted
                 )
-        elif isinstance(handle, BackupHandle) and self._area is not None:
+        elif isinstance(handle, (BackupHandle, StagedReader)) and self._area is not None:
             self._service.repository.writer().session.let_go(handle.root)
         elif isinstance(handle, TextWriter) and not is_temporary(handle.entry.key):
             self._sidecars.pop(handle.entry.key, None)

@@ -28,9 +28,13 @@ class BackupHandle:
 
 @dataclass(slots=True)
 class StagedReader:
-    """A staged file, open for reading."""
+    """A staged file, open for reading.
+
+    What it held when it was opened is kept from gc: it may lose its name meanwhile, or be replaced.
+    """
 
     staged: StagedFile
+    root: Root
 
 
 @dataclass(slots=True)

@@ -95,9 +95,7 @@ def test_backup_after_the_head_was_removed_is_incremental_all_the_same(
 
 
 @pytest.mark.parametrize("flags", ["-r", "-rf"])
-def test_removing_the_folder_removes_the_volume(
-    mounted: Mounted, web01: Path, flags: str
-) -> None:
+def test_removing_the_folder_removes_the_volume(mounted: Mounted, web01: Path, flags: str) -> None:
     ended = run("rm", flags, web01)
 
     assert ended.stderr == b""
@@ -222,3 +220,16 @@ def test_space_of_removed_backups_comes_back_with_gc(mounted: Mounted) -> None:
 
     assert int(mounted.listed("stats")["stored_bytes"]) < used - 7 * MIB
     mounted.assert_backups("web01", content)
+
+
+def test_head_that_is_open_can_be_read_after_its_removal(mounted: Mounted) -> None:
+    content = random_bytes(48 * MIB)  # more than the daemon keeps in memory
+    target = mounted.staging / "web01.img"
+    run("cp", mounted.image(content), target)
+    with target.open("rb", buffering=0) as file:
+        run("rm", "-r", target, mounted.volumes / "web01")
+        mounted.command("gc")
+
+        assert file.read() == content
+    mounted.command("gc")
+    assert int(mounted.listed("stats")["stored_bytes"]) < MIB
