@@ -80,11 +80,19 @@ def ack_name(session_id: str, plan_id: str) -> ObjectName:
 
 
 def read_plans(storage: Storage) -> list[Plan]:
-    """The plans that are under way or were left by a gc that died. Raises: StorageError."""
+    """The plans that are under way or were left by a gc that died. Raises: StorageError.
+
+    One that cannot be read is left out: nobody acknowledges it, so no gc deletes what it condemns.
+    """
     plans = []
     for info in storage.list(PLANS_PREFIX):
-        with contextlib.suppress(ObjectNotFound):
-            plans.append(decode_plan(storage.get(info.name, size_max=PLAN_SIZE_MAX), info.name))
+        try:
+            data = storage.get_range(info.name, 0, PLAN_SIZE_MAX + 1)
+            plans.append(decode_plan(data, info.name))
+        except ObjectNotFound:
+            continue  # its gc has ended since
+        except CorruptObject as error:
+            log.warning("%s", error)
     return plans
 
 

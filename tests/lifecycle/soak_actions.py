@@ -211,7 +211,8 @@ class Lane:
         source = self._file(f"{backup_id}.msgpack", model.kept[backup_id].record)
         if rng.random() < 0.3:
             return Action(promise, command=("import", source))
-        return Action(promise, [["cp", source, self.site.backups]])
+        # The whole name: without a mount there would be no folder, and cp would make a file.
+        return Action(promise, [["cp", source, self.site.backups / f"{backup_id}.msgpack"]])
 
     def read(self, model: Model, rng: random.Random) -> Action:
         backup_id = rng.choice(model.of_volume(self.volume))
