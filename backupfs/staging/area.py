@@ -150,8 +150,7 @@ class StagingArea:
                 del self._files[old]
                 self._files[new] = staged
                 if replaced is not None:
-                    replaced.unlinked = True
-                    self._states.remove(replaced.draft_id)
+                    self._keeper.forget(replaced)
             self._decide(staged)
 
     def _keep_as(self, staged: StagedFile, name: str) -> None:
@@ -477,10 +476,9 @@ class StagingArea:
                 raise NameTaken(volume=volume, staged=other.name)
 
     def _forget(self, staged: StagedFile) -> None:
-        staged.unlinked = True
         if self._files.get(staged.name) is staged:
             del self._files[staged.name]
-        self._states.remove(staged.draft_id)
+        self._keeper.forget(staged)
 
     @staticmethod
     def _is_left_partial(staged: StagedFile, old: str) -> bool:

@@ -67,6 +67,12 @@ class Keeper:
                 self._states.save(staged.to_state(staged.draft.saved))
                 staged.is_saved = True
 
+    def forget(self, staged: StagedFile) -> None:
+        """It is no more; a writer that still holds it open keeps no state of it."""
+        with staged.state_lock:
+            staged.unlinked = True
+            self._states.remove(staged.draft_id)
+
 
 def load_staged(
     states: StateStore, make_draft: Callable[[Content], Draft]
