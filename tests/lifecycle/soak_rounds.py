@@ -127,6 +127,8 @@ class Soak:
             command.kill()
             command.wait()  # until it is dead it has the lock
             self.counts["gc killed"] += 1
+        elif command.wait() != 0 and "in use by" in command.err():
+            self.counts["gc refused beside an import"] += 1
         elif command.wait() != 0:
             self._failures.append(f"gc: {command.err()}")
         else:
@@ -145,6 +147,7 @@ class Soak:
             promise = action.promise
             self.counts[promise.what.split(" ")[0]] += 1
             self.counts["cut short"] += not promise.is_done
+            self.counts["programs killed"] += action.is_killed
             if not (promise.is_done or is_killed or action.is_killed or promise.may_fail):
                 raise Broken(f"failed without a reason: {promise.what}")
             if action.restores is not None and promise.is_done:
