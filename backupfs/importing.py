@@ -16,6 +16,7 @@ from backupfs.format.record import Record, decode_record
 from backupfs.repository.images import Root
 from backupfs.repository.marking import Marker
 from backupfs.repository.repository import Repository
+from backupfs.repository.sessions import gc_lock_path
 from backupfs.staging.publish import publishing
 from backupfs.storage.locks import held_lock
 
@@ -38,7 +39,7 @@ def import_record(repository: Repository, catalogue: Catalogue, data: bytes) -> 
     # gc waits meanwhile: what is reachable now is so until the record says that it is needed.
     with (
         held_lock(
-            repository.folder / "locks" / "gc",
+            gc_lock_path(repository.folder),
             repository.ambient,
             what="gc to end, or an import",
             seconds_max=GC_SECONDS_MAX,

@@ -7,6 +7,7 @@ FUSE, trio, click or Cinder. A verb that returns has made its effect durable.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
@@ -17,8 +18,8 @@ from backupfs.copying import back_up, never, restore
 from backupfs.errors import (
     BackupExists,
     BackupNotFound,
+    DamageError,
     InvalidName,
-    StorageUnavailable,
     VolumeNotFound,
 )
 from backupfs.format.config import (
@@ -27,7 +28,7 @@ from backupfs.format.config import (
     PACK_SIZE_DEFAULT,
     RepositoryConfig,
 )
-from backupfs.format.names import check_volume_name, volume_of
+from backupfs.format.names import check_volume_name
 from backupfs.format.record import (
     Description,
     Record,
@@ -50,9 +51,10 @@ from backupfs.reports import (
 )
 from backupfs.repository import gc as garbage
 from backupfs.repository.rebuild import list_packs
+from backupfs.repository.records import as_damage
 from backupfs.repository.repository import Repository, init_repository
 from backupfs.repository.verify import Finding, Verification
-from backupfs.retention import RetentionPolicy, kept_ids
+from backupfs.retention import RetentionPolicy, check_policy, kept_ids
 from backupfs.selecting import select
 from backupfs.staging.area import StagingArea
 from backupfs.staging.drafts import (
@@ -87,6 +89,9 @@ __all__ = [
     "VerifyReport",
     "init",
 ]
+
+
+log = logging.getLogger(__name__)
 
 
 def init(
@@ -221,6 +226,7 @@ class Service:
         _check_volume(volume)
         if backup_id is not None:
             backup_id = canonical_backup_id(backup_id)
+            self.catalogue.refresh()
             if self.catalogue.get(backup_id) is not None:
                 raise BackupExists(backup_id=backup_id)
         ambient = self.repository.ambient
@@ -232,7 +238,7 @@ class Service:
             source_mtime_ns=source_mtime_ns,
             source_mode=source_mode,
             stored_bytes=0,
-            metadata=self.get_metadata(volume) if with_metadata else None,
+            metadata=self._metadata_for_backup(volume) if with_metadata else None,
             description=description or Description(),
         )
         return back_up(
@@ -243,6 +249,14 @@ class Service:
             progress=progress,
             cancelled=cancelled,
         )
+
+    def _metadata_for_backup(self, volume: str) -> dict[str, Any] | None:
+        """A backup without its volume's metadata is better than none."""
+        try:
+            return self.get_metadata(volume) or None
+        except DamageError as error:
+            log.error("backed up without metadata: %s", error)
+            return None
 
     def restore(
         self,
@@ -267,7 +281,7 @@ class Service:
 
     def delete(self, record: Record) -> None:
         """Delete a backup; its space is free after gc. Raises: BackupNotFound, StorageError."""
-        if record.backup_id not in self.repository.records.ids():
+        if not self.repository.records.exists(record.backup_id):
             self.catalogue.refresh()
             raise BackupNotFound(selector=record.backup_id)
         self.repository.records.delete(record.backup_id)
@@ -278,13 +292,18 @@ class Service:
     ) -> PruneReport:
         """Delete what ``policy`` does not keep, volume by volume.
 
-        Raises: VolumeNotFound, StorageError (backups already deleted stay deleted).
+        Raises:
+            InvalidOption: a rule keeps less than nothing, or all together keep nothing.
+            VolumeNotFound, StorageError: backups already deleted stay deleted.
         """
+        check_policy(policy)
         kept: list[Record] = []
         deleted: list[Record] = []
         self.catalogue.refresh()
+        if volume is not None:
+            self.backups(volume)
         for name in [volume] if volume is not None else self.catalogue.volumes():
-            backups = self.backups(name)
+            backups = self.catalogue.backups(name)
             keep = kept_ids(backups, policy)
             for record in backups:
                 (kept if record.backup_id in keep else deleted).append(record)
@@ -317,10 +336,16 @@ class Service:
         With ``quick`` data are looked up but not read. Raises: StorageError.
         """
         self.catalogue.refresh()
-        chosen = self.catalogue.all() if records is None else list(records)
         run = Verification(self.repository, progress)
+        # Read again: what this process has in memory says nothing of the disk.
+        readable, unreadable = self.repository.records.get_all()
         if records is None:
-            run.note_objects(self.catalogue.unreadable())
+            chosen = sorted(readable.values(), key=lambda record: (record.volume, record.name))
+            run.note_objects([as_damage(*item) for item in unreadable.items()])
+        else:
+            chosen = list(records)
+            wanted = {record.object_name for record in chosen} & unreadable.keys()
+            run.note_objects([as_damage(name, unreadable[name]) for name in sorted(wanted)])
         run.run(chosen, quick=quick)
         return VerifyReport(
             backups_checked=len(chosen),
@@ -354,7 +379,11 @@ class Service:
         return ImportOutcome(record=record, already_there=already_there)
 
     def get_metadata(self, volume: str) -> dict[str, Any]:
-        """A volume's metadata, {} where none was put. Raises: CorruptObject, StorageError."""
+        """A volume's metadata, {} where none was put.
+
+        Raises: InvalidName, CorruptObject, StorageError.
+        """
+        _check_volume(volume)
         return self.repository.metadata.get(volume)
 
     def put_metadata(self, volume: str, metadata: dict[str, Any]) -> None:
@@ -390,12 +419,9 @@ class Service:
         """
         mountpoint = mountpoint_of(self.repository)
         if mountpoint is not None:
-            publish_through_mount(mountpoint, name)
+            backup_id = publish_through_mount(mountpoint, name)
             self.catalogue.refresh()
-            record = self.catalogue.latest(volume_of(name))
-            if record is None:
-                raise StorageUnavailable(reason="the mount published nothing")
-            return record
+            return self.resolve(backup_id)
         area = self.open_staging(Policy(publish_on_rename_only=True), mountpoint=None)
         try:
             return area.publish_now(name)

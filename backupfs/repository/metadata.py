@@ -1,7 +1,7 @@
 """A volume's metadata: a JSON object, kept by generation; the highest one counts.
 
-Each put writes a new object and then deletes older ones, so that a crash leaves the old or the
-new, never neither. Layout in docs/format.md, "Metadata".
+Each put writes a new object and then deletes all but it and the one before, so that a crash, or a
+look meanwhile, finds the old or the new, never neither. Layout in docs/format.md, "Metadata".
 """
 
 from __future__ import annotations
@@ -82,16 +82,24 @@ class MetadataStore:
                 break
             except ObjectExists:
                 continue  # another process took this generation
-        for old in sorted(older):
+        # The one before stays: a listing under way may pass over what is put and deleted meanwhile.
+        for old in sorted(older)[:-1]:
             self._storage.delete(self._name(volume, old))
 
-    def _generations(self, volume: str) -> list[int]:
+    def _generations(self, volume: str) -> set[int]:
+        """The generations that exist, as two listings in a row agree."""
+        before = None
+        while (found := self._listed(volume)) != before:
+            before = found
+        return found
+
+    def _listed(self, volume: str) -> set[int]:
         prefix = self._prefix(volume)
-        found = []
+        found = set()
         for info in self._storage.list(prefix):
             stem = info.name.removeprefix(prefix).removesuffix(".msgpack")
             if stem.isdecimal() and len(stem) == 12:
-                found.append(int(stem))
+                found.add(int(stem))
         return found
 
     def _read(self, volume: str, generation: int) -> dict[str, Any]:
