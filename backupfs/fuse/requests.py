@@ -18,6 +18,7 @@ import trio
 from pyfuse3 import EntryAttributes, FUSEError, RequestContext
 
 from backupfs.errors import BackupfsError, DamageError
+from backupfs.format.names import PART_SIZE_MAX
 from backupfs.fuse import handles
 from backupfs.fuse.attributes import Attributes
 from backupfs.fuse.errno_table import errno_of
@@ -216,6 +217,8 @@ class Requests(pyfuse3.Operations):
 
 
 def text_of(name: bytes) -> str:
+    if len(name) > PART_SIZE_MAX:
+        raise FUSEError(errno.ENAMETOOLONG)
     try:
         return name.decode()
     except UnicodeDecodeError:
