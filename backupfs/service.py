@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from backupfs.ambient import Ambient
@@ -217,7 +217,8 @@ class Service:
         """Back ``source`` up as the next backup of ``volume``.
 
         ``parent`` is ``LATEST`` (the volume's latest backup), the id of a backup, or None for a
-        full one; a parent of another size, or one that is gone, gives a full backup as well.
+        full one; a parent of another size, or one that is gone, gives a full backup as well. A
+        ``data_timestamp`` without a zone is UTC.
 
         Raises:
             InvalidName, ImageTooLarge, BackupExists, SourceFailed, Cancelled, StorageError: there
@@ -234,7 +235,7 @@ class Service:
             volume=volume,
             parent=parent,
             backup_id=backup_id or ambient.new_uuid(),
-            data_timestamp=data_timestamp or ambient.now(),
+            data_timestamp=_aware(data_timestamp or ambient.now()),
             source_mtime_ns=source_mtime_ns,
             source_mode=source_mode,
             stored_bytes=0,
@@ -443,6 +444,10 @@ def _backup_hit(finding: Finding) -> str | None:
     if finding.record is not None:
         return finding.record.backup_id
     return backup_id_of(finding.object_name)
+
+
+def _aware(moment: datetime) -> datetime:
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
 
 
 def _check_volume(volume: str) -> None:

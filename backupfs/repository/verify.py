@@ -93,7 +93,9 @@ class Verification:
         sizes = list_packs(self._repository.storage)
         with ThreadPoolExecutor(READERS, thread_name_prefix="verify") as pool:
             for pack_id in sorted(self._marker.reached.packs()):
-                entries = self._entries(pack_id, sizes.get(pack_id, 0))
+                if pack_id not in sizes:
+                    continue  # gc has moved its blobs since they were marked
+                entries = self._entries(pack_id, sizes[pack_id])
                 list(pool.map(lambda group, p=pack_id: self._check(p, group), _groups(entries)))
 
     def _entries(self, pack_id: PackId, size: int) -> list[PackEntry]:

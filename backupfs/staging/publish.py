@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from backupfs.catalogue import Catalogue
-from backupfs.errors import BackupExists
+from backupfs.errors import BackupExists, ObjectExists
 from backupfs.format.names import backup_name
 from backupfs.format.record import KIND_FULL, KIND_INCREMENTAL, Description, Record
 from backupfs.repository.repository import Repository
@@ -46,9 +46,8 @@ def publish(
     """Make the backup; it exists and survives a power cut when this returns.
 
     Raises:
-        BackupExists: the id is taken by a backup with other content.
+        BackupExists: the id is taken by a backup with other content, or by one that is damaged.
         InvalidRecord: it cannot be described; there is no backup.
-        ObjectExists: a record of that id exists but cannot be read; there is no other.
         LockTimeout, StorageFull, StorageReadOnly: there is no backup.
         StorageUnavailable: unknown whether there is one; the same id again finds out.
     """
@@ -85,7 +84,10 @@ def publish(
             metadata=publication.metadata,
             description=publication.description,
         )
-        repository.records.put(record)
+        try:
+            repository.records.put(record)
+        except ObjectExists as error:  # one that cannot be read, or it would have been found
+            raise BackupExists(backup_id=record.backup_id) from error
     catalogue.add(record)
     return record
 
