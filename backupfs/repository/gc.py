@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from backupfs.errors import Busy, CorruptObject, DamageError, LockTimeout, StorageFull
@@ -32,7 +32,7 @@ from backupfs.repository.sessions import (
 )
 from backupfs.storage.locks import FileLock, holder, try_lock
 from backupfs.storage.oserrors import translated
-from backupfs.types import PackId, Progress, ceil_div
+from backupfs.types import PackId, Progress
 
 log = logging.getLogger(__name__)
 
@@ -251,10 +251,8 @@ class _Run:
     ) -> set[PackId]:
         """Copy what is alive out of ``thin`` packs, then delete them; those so treated."""
         done: set[PackId] = set()
-        # A few at a time, so that a nearly full disk needs room for few.
-        group_count = max(1, ceil_div(SMALL_PACKS_MIN, 4))
-        for start in range(0, len(thin), group_count):
-            group = thin[start : start + group_count]
+        # As much as makes one full pack at a time, so that a nearly full disk needs room for one.
+        for group in _groups(thin, packs, size_min=self._repository.config.pack_size):
             try:
                 done |= self._repack_group(group, packs, reached)
             except StorageFull as error:
@@ -289,3 +287,19 @@ class _Run:
             if packer.claim([entry.blob_id]):
                 packer.append([NewBlob(blob_id=entry.blob_id, level=entry.level, data=data)])
         return True
+
+
+def _groups(
+    pack_ids: Iterable[PackId], sizes: dict[PackId, int], *, size_min: int
+) -> Iterator[list[PackId]]:
+    """Packs in groups of at least ``size_min`` bytes, but for the last."""
+    group: list[PackId] = []
+    group_size = 0
+    for pack_id in pack_ids:
+        group.append(pack_id)
+        group_size += sizes[pack_id]
+        if group_size >= size_min:
+            yield group
+            group, group_size = [], 0
+    if group:
+        yield group
