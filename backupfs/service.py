@@ -394,8 +394,11 @@ class Service:
 
     # -- staging -----------------------------------------------------------------------------------
 
-    def open_staging(self, policy: Policy, *, mountpoint: str | None) -> StagingArea:
-        """Take this host's staging area, for a mount. Raises: Busy, StorageError."""
+    def open_staging(self, policy: Policy | None, *, mountpoint: str | None) -> StagingArea:
+        """Take this host's staging area, for a mount; or, without a policy, for a moment.
+
+        Raises: Busy, StorageError.
+        """
         states = self._take_states(mountpoint)
         try:
             return StagingArea(
@@ -423,7 +426,7 @@ class Service:
             backup_id = publish_through_mount(mountpoint, name)
             self.catalogue.refresh()
             return self.resolve(backup_id)
-        area = self.open_staging(Policy(publish_on_rename_only=True), mountpoint=None)
+        area = self.open_staging(None, mountpoint=None)
         try:
             return area.publish_now(name)
         finally:

@@ -51,20 +51,24 @@ class WriteHandle:
 
 
 class StagingArea:
-    """This host's staged files of one repository. Thread-safe."""
+    """This host's staged files of one repository. Thread-safe.
+
+    Without a policy it publishes only what it is told to: for who is no mount.
+    """
 
     def __init__(
         self,
         repository: Repository,
         catalogue: Catalogue,
         states: StateStore,
-        policy: Policy,
+        policy: Policy | None,
         events: EventLog,
     ) -> None:
         self._repository = repository
         self._catalogue = catalogue
         self._states = states
-        self._policy = policy
+        self._policy = policy or Policy()
+        self._decides_at_start = policy is not None
         self._ambient = repository.ambient
         self.events = events
         self._keeper = Keeper(states, events)
@@ -438,10 +442,13 @@ class StagingArea:
         if published is not None and published.root == staged.draft.saved.root.root:
             staged.became_backup(published.backup_id, self._ambient.new_uuid())
             self._save_if_possible(staged)
+            self._states.unmark_writing(staged.draft_id)  # void with it, or later writes are held
         elif self._states.was_writing(staged.draft_id, staged.sequence):
             staged.changed = staged.interrupted = staged.is_marked = True
             self._hold(staged, "backupfs ended while it was being written")
-        elif staged.changed and staged.state is not State.HELD:  # what is held stays so
+        elif staged.state is State.HELD or not self._decides_at_start:
+            return  # what is held stays so
+        elif staged.changed:
             # A rename that had returned had published; of any other nobody was told.
             staged.renamed = not self._policy.publish_on_rename_only
             self._decide_alone(staged)

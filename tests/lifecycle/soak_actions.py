@@ -178,7 +178,7 @@ class Lane:
         """``completes``: what was held for want of the rest is complete afterwards."""
         head = model.heads[self.name]
         latest_size = self._latest_size(model)
-        if (head.is_held and not completes) or len(data) < latest_size:
+        if (head.is_partial and not completes) or len(data) < latest_size:
             promise.held = data
         else:
             promise.head = data

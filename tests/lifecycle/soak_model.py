@@ -20,7 +20,7 @@ class Broken(AssertionError):
 class Backup:
     volume: str
     name: str  # its file's, a time
-    content: bytes
+    content: bytes = field(repr=False)
 
     @property
     def order(self) -> tuple[str, int]:
@@ -32,8 +32,17 @@ class Backup:
 class Head:
     """A staged file."""
 
-    content: bytes
-    is_held: bool = False
+    content: bytes = field(repr=False)
+    reason: str = ""  # why it is held
+
+    @property
+    def is_held(self) -> bool:
+        return bool(self.reason)
+
+    @property
+    def is_partial(self) -> bool:
+        """Held for want of the rest, not for its size alone: further writes do not complete it."""
+        return self.is_held and "smaller" not in self.reason
 
 
 @dataclass(slots=True)
@@ -41,8 +50,8 @@ class Kept:
     """A record that was copied out; its backup can be had back from it while its data exist."""
 
     volume: str
-    content: bytes
-    record: bytes
+    content: bytes = field(repr=False)
+    record: bytes = field(repr=False)
     is_certain: bool = True  # no gc has run since the backup was deleted
 
 
@@ -53,9 +62,10 @@ class Promise:
     volume: str
     name: str  # of the head
     what: str  # for people
-    published: bytes | None = None  # content of the backup it makes; None: it makes none
-    held: bytes | None = None  # content of the head that it leaves, held
-    head: bytes | None = None  # content of the head that it leaves, published
+    # Content of the backup that it makes, and of the head that it leaves, held or published.
+    published: bytes | None = field(default=None, repr=False)
+    held: bytes | None = field(default=None, repr=False)
+    head: bytes | None = field(default=None, repr=False)
     forgets_head: bool = False
     may_lose_head: bool = False  # where cut short: it removes the head before it stages another
     deleted: str | None = None  # id of the backup that it deletes
@@ -154,7 +164,7 @@ class Model:
         if content is None:
             self._check_head_gone(name, before, promise)
             return
-        self.heads[name] = Head(content, is_held)
+        self.heads[name] = Head(content, found.held.get(name, ""))
         if promise is not None and promise.touches_head:
             if not promise.is_done:
                 _check_cut_short(promise, before, content, is_held=is_held, made=made)

@@ -203,6 +203,27 @@ def test_publish_that_failed_is_tried_again_at_the_next_start(mounted: Site) -> 
     assert_same(mounted.latest("vm").read_bytes(), data, "vm")
 
 
+def test_publish_without_a_mount_decides_nothing_about_other_drafts(mounted: Site) -> None:
+    mounted.may_log_errors = True
+    contents = {f"v{number}": content(MIB, 20 + number) for number in range(3)}
+    block, unblock = blocked(mounted, mounted.repo / "records")
+    block()
+    try:
+        for volume, data in contents.items():
+            mounted.run("cp", mounted.image(data), mounted.staging / f"{volume}.img")
+        mounted.unmount()
+    finally:
+        unblock()
+
+    mounted.command("publish", "v1.img")
+
+    assert [item["volume"] for item in mounted.listed("list")] == ["v1"]
+    mounted.mount()
+    assert mounted.drafts() == {}
+    for volume, data in contents.items():
+        assert_same(mounted.latest(volume).read_bytes(), data, volume)
+
+
 def blocked(site: Site, folder: object) -> tuple[Callable[[], None], Callable[[], None]]:
     """How to let nobody write into a folder, not even root, and how to allow it again."""
     probe = site.run("chattr", "+i", str(folder), check=False)
