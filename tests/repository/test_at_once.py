@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import threading
 import time
 import traceback
@@ -186,6 +187,37 @@ def test_whatever_is_listed_in_the_end_restores(location, scratch, cache_home, s
         again = service.gc()
         assert (again.packs_deleted, again.packs_repacked) == (0, 0)
         assert len(list((Path(location) / "sessions").rglob("*.msgpack"))) == 0
+    check(location)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("seed", [int(os.environ.get("BACKUPFS_TEST_SEED", "1000"))])
+def test_processes_killed_in_the_middle_of_anything_harm_nobody(
+    location, scratch, cache_home, seed
+):
+    """One process lives on, others are killed and come again; what they had published stays."""
+    end = time.monotonic() + SECONDS / 2
+    choice = random.Random(seed)
+    steady_report, other_report = scratch / "steady", scratch / "other"
+    other_report.touch()
+    steady = start_process(location, end, seed, steady_report, stages=False)
+    number = 0
+    while time.monotonic() < end:
+        number += 1
+        child = start_process(location, end, seed + 10 * number, other_report, stages=True)
+        time.sleep(0.2 + choice.random() / 2)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert other_report.read_text() == ""
+    os.waitpid(steady, 0)
+
+    assert number > 3
+    assert steady_report.read_text() == ""
+    check(location)
+    with Service.open(location) as service:
+        service.open_staging(Policy(), mountpoint=None).close()
+        service.gc()
+    shutil.rmtree(cache_home)
     check(location)
 
 
