@@ -9,7 +9,6 @@ from backupfs.repository.images import Root, walk
 from backupfs.repository.repository import Repository
 from backupfs.types import HOLE
 
-GC_SECONDS_MAX = 60.0
 GC_POLL_SECONDS = 0.1
 
 
@@ -61,7 +60,7 @@ def _check_reachable(repository: Repository, record: Record) -> None:
             raise MissingData(backup_id=record.backup_id, missing=f"{missing} blobs are missing")
         if not condemned:
             return
-        if ambient.monotonic() - started > GC_SECONDS_MAX:
+        if ambient.monotonic() - started > repository.lock_seconds_max:
             raise MissingData(
                 backup_id=record.backup_id, missing=f"gc is deleting {condemned} blobs of it"
             )

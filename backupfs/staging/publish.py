@@ -20,7 +20,6 @@ from backupfs.repository.repository import Repository
 from backupfs.staging.draft import Content
 from backupfs.storage.locks import holder, try_lock
 
-LOCK_SECONDS_MAX = 60.0
 LOCK_POLL_SECONDS = 0.005
 
 # Stands for the volume's latest backup where a parent is asked for.
@@ -106,9 +105,11 @@ def _publishing(repository: Repository) -> Iterator[None]:
     path = repository.folder / "locks" / "publish"
     started = ambient.monotonic()
     while (lock := try_lock(path)) is None:
-        if ambient.monotonic() - started > LOCK_SECONDS_MAX:
+        if ambient.monotonic() - started > repository.lock_seconds_max:
             raise LockTimeout(
-                seconds=LOCK_SECONDS_MAX, what="publishing a backup", holder=holder(path)
+                seconds=repository.lock_seconds_max,
+                what="publishing a backup",
+                holder=holder(path),
             )
         ambient.sleep(LOCK_POLL_SECONDS)
     try:
