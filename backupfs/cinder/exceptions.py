@@ -49,6 +49,7 @@ EXCEPTIONS: dict[type[errors.BackupfsError], Any] = {
     errors.SourceFailed: DRIVER,
     errors.TargetFailed: DRIVER,
     errors.MountFailed: DRIVER,
+    errors.UnmountFailed: DRIVER,
     errors.LockTimeout: DRIVER,
 }
 

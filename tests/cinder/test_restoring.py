@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -309,9 +310,11 @@ def test_backup_made_without_cinder_is_imported_from_its_record(cloud, tmp_path)
     assert cloud.stored() == []
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/fuse"), reason="a mount needs /dev/fuse")
+@pytest.mark.skipif(
+    not Path("/dev/fuse").exists() or importlib.util.find_spec("pyfuse3") is None,
+    reason="a mount needs /dev/fuse and pyfuse3",
+)
 def test_backup_is_seen_in_a_mount_with_its_name(cloud, tmp_path):
-    pytest.importorskip("pyfuse3", reason="a mount needs pyfuse3")
     data = image(3 * MIB)
     volume = cloud.volume(data)
     mountpoint = tmp_path / "mount"
