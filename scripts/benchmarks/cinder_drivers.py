@@ -110,7 +110,7 @@ def run(made: object, kept: Path, base: Path, changed: Path) -> dict[str, float]
         costs["incremental"] = watch.stop()
         costs["incremental_stored"] = stored_size(kept) - before - costs["full_stored"]
         watch = Stopwatch()
-        made.restore(child, empty, is_new=True)
+        made.restore(child, empty, is_new=False)
         costs["restore"] = watch.stop()
     subprocess.run(["cmp", changed, made.path(empty.id)], check=True)
     made.close()
