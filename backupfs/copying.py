@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 from backupfs.catalogue import Catalogue
 from backupfs.errors import Cancelled
 from backupfs.format.record import Record
-from backupfs.image import Image
+from backupfs.image import Image, ImageExtent
 from backupfs.reports import ImageSource, ImageTarget
 from backupfs.repository.images import Root
 from backupfs.repository.repository import Repository
@@ -17,7 +19,8 @@ from backupfs.staging.publish import Publication, publish
 from backupfs.types import Progress
 
 # What a restore reads, proves and writes at a time.
-RESTORE_SIZE = 4 << 20
+RESTORE_SIZE = 2 << 20
+RESTORE_READERS = 3
 
 
 def never() -> bool:
@@ -82,16 +85,33 @@ def restore(
     Raises:
         DamageError, TargetFailed, Cancelled, StorageError: the target is not complete.
     """
-    for offset in range(0, image.size, RESTORE_SIZE):
+    for size, extents in _read_ahead(image):
         _stop_if(cancelled, f"restore to {target.name!r}")
-        size = min(RESTORE_SIZE, image.size - offset)
-        for start, data, length in image.extents(offset, size):
+        for start, data, length in extents:
             if data is None:
                 target.write_hole(start, length)
             else:
                 target.write(start, data)
         progress(size)
     target.finish(image.size)
+
+
+def _read_ahead(image: Image) -> Iterator[tuple[int, list[ImageExtent]]]:
+    """(bytes covered, extents) of an image piece by piece, the next ones being read meanwhile."""
+    coming: deque[tuple[int, Future[list[ImageExtent]]]] = deque()
+    with ThreadPoolExecutor(RESTORE_READERS, thread_name_prefix="restore") as pool:
+        try:
+            for offset in range(0, image.size, RESTORE_SIZE):
+                size = min(RESTORE_SIZE, image.size - offset)
+                coming.append((size, pool.submit(image.extents, offset, size)))
+                if len(coming) > RESTORE_READERS:
+                    size, extents = coming.popleft()
+                    yield size, extents.result()
+            while coming:
+                size, extents = coming.popleft()
+                yield size, extents.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _stop_if(cancelled: Callable[[], bool], what: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from backupfs.format.record import Record
 from backupfs.repository.blobs import BlobReader
 from backupfs.repository.images import Root, cached_leaf_ids, leaf_ids
 from backupfs.types import HOLE, BlobId
+
+# Offset, data (None for a hole) and size in bytes.
+ImageExtent = tuple[int, bytes | None, int]
 
 
 class Image:
@@ -50,18 +51,22 @@ class Image:
         """Ids of chunks, for reading ahead. Raises: DamageError, StorageError."""
         return leaf_ids(self._reader, self._root, first, count)
 
-    def extents(self, offset: int, size: int) -> Iterator[tuple[int, bytes | None, int]]:
-        """(offset, data or None for a hole, size) in order, covering a range that begins at a
-        multiple of the chunk size. Raises: DamageError, StorageError."""
+    def extents(self, offset: int, size: int) -> list[ImageExtent]:
+        """What a range holds that begins at a multiple of the chunk size, in order.
+
+        Raises: DamageError, StorageError.
+        """
         first, count, _start, size = self._range(offset, size)
         end = offset + size
         ids = self.chunk_ids(first, count)
         chunks = iter(self._reader.chunks([blob_id for blob_id in ids if blob_id != HOLE]))
+        found: list[ImageExtent] = []
         for place, blob_id in enumerate(ids):
             start = (first + place) * self._chunk_size
             length = min(self._chunk_size, end - start)
             data = None if blob_id == HOLE else next(chunks)[:length]
-            yield start, data, length
+            found.append((start, data, length))
+        return found
 
     def _range(self, offset: int, size: int) -> tuple[int, int, int, int]:
         """First chunk, count of chunks, offset within them, and size cut to the image."""

@@ -39,7 +39,7 @@ class DraftState:
     mtime_ns: int
     written: bool  # some byte was written since it was last empty of content
     changed: bool  # it differs from ``published_id``, or was never published
-    interrupted: bool  # its last writer was killed
+    interrupted: bool  # not complete: its last writer was killed, or a write was lost
     held: str  # why it must not publish by itself; empty: it may
     stored_bytes: int  # added to the repository since it was last published
     next_id: str  # id of the backup it will become, fixed before its record is written

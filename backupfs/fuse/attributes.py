@@ -64,12 +64,17 @@ class Attributes:
             self._fill_staged(attributes, entry.staged)
         elif entry.kind is Kind.LATEST:
             record = self._catalogue.latest(entry.key)
-            if record is None:
-                return None
             attributes.st_mode = stat.S_IFLNK | 0o777
-            attributes.st_size = len(record.name)
+            attributes.st_size = len(record.name) if record is not None else 0
         else:
             self._fill_text(attributes, entry, text_size)
+        return attributes
+
+    def of_removed(self, entry: Entry, record: Record) -> pyfuse3.EntryAttributes:
+        """The attributes of a backup that was deleted and is still open."""
+        attributes = self._common(entry)
+        self._fill_backup(attributes, record)
+        attributes.st_nlink = 0
         return attributes
 
     def xattrs(self, entry: Entry) -> dict[str, str]:
@@ -125,6 +130,8 @@ class Attributes:
         attributes.st_size = text_size
         attributes.st_blocks = ceil_div(attributes.st_size, SECTOR_SIZE)
         attributes.attr_timeout = 0  # their size may be another at each look
+        if entry.kind is Kind.SIDECAR:
+            attributes.entry_timeout = 0  # its name is that of a record once it is taken in
         if entry.kind is Kind.RECORD:
             record = self._catalogue.get(entry.key)
             if record is not None:

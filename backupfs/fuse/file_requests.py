@@ -19,9 +19,9 @@ from backupfs.fuse.handles import (
 from backupfs.fuse.layout import RECORD_SUFFIX, Entry, Kind
 from backupfs.fuse.openers import was_killed
 from backupfs.fuse.requests import Requests, answered, staged_entry, text_of
-from backupfs.repository.images import Root
 from backupfs.service import Image
 from backupfs.staging.lifecycle import is_temporary
+from backupfs.staging.staged_file import StagedFile
 
 
 class FileRequests(Requests):
@@ -54,7 +54,7 @@ class FileRequests(Requests):
         if entry.kind is Kind.STAGED:
             assert entry.staged is not None
             if not writing:
-                return self._opened(StagedReader(entry.staged))
+                return self._open_staged_reader(entry.staged)
             await self._published(entry.staged)
             handle = await self.threads.slow(
                 self._writable().open_write, entry.staged, truncate=bool(flags & os.O_TRUNC)
@@ -68,13 +68,18 @@ class FileRequests(Requests):
         await self._published()  # so that the status counts what was closed before
         return self._opened(TextReader(await self._content(entry)), direct=True)
 
+    def _open_staged_reader(self, staged: StagedFile) -> FileInfo:
+        handle = StagedReader(staged, staged.draft.saved.root)
+        self._service.repository.writer().session.hold(handle.root)
+        return self._opened(handle)
+
     def _open_backup(self, entry: Entry) -> FileInfo:
         record = self._service.resolve(entry.key)
-        root = Root(record.root, record.height)
+        handle = BackupHandle(self._service.open_image(record), record)
         if self._area is not None:
-            self._service.repository.writer().session.hold(root)
+            self._service.repository.writer().session.hold(handle.root)
         # An image never changes, so the pages the kernel has of it stay good.
-        return self._opened(BackupHandle(self._service.open_image(record), root), keep=True)
+        return self._opened(handle, keep=True)
 
     async def _open_text_writer(self, entry: Entry, truncate: bool) -> FileInfo:
         self._writable()
@@ -113,11 +118,12 @@ class FileRequests(Requests):
         handle = self._handles[fh]
         if isinstance(handle, StagedWriter):
             area, staged = self._writable(), handle.staged
-            if staged.is_marked:
-                area.note_write(handle.handle)
-            else:
-                await self.threads.slow(area.note_write, handle.handle)
+            if staged.wants_mark:
+                await self.threads.slow(area.begin_writing, handle.handle)
+            area.note_write(handle.handle)
             staged.draft.write(off, buf)
+            if staged.wants_mark:  # the flush of another handle, just now, took the mark away
+                await self.threads.slow(area.begin_writing, handle.handle)
             # Back-pressure: an unthrottled loop would keep the interpreter from the workers.
             await self.threads.below(self._service.repository.writer().credit)
         elif isinstance(handle, TextWriter):
@@ -150,7 +156,7 @@ class FileRequests(Requests):
                 await self.threads.slow(
                     self._writable().release, handle.handle, interrupted=interrupted
                 )
-        elif isinstance(handle, BackupHandle) and self._area is not None:
+        elif isinstance(handle, (BackupHandle, StagedReader)) and self._area is not None:
             self._service.repository.writer().session.let_go(handle.root)
         elif isinstance(handle, TextWriter) and not is_temporary(handle.entry.key):
             self._sidecars.pop(handle.entry.key, None)

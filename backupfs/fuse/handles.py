@@ -9,7 +9,7 @@ from backupfs.errors import InvalidMetadata, InvalidRecord
 from backupfs.format.record import METADATA_SIZE_MAX, RECORD_SIZE_MAX
 from backupfs.fuse.layout import Entry
 from backupfs.repository.images import Root
-from backupfs.service import Image, Service
+from backupfs.service import Image, Record, Service
 from backupfs.staging.area import WriteHandle
 from backupfs.staging.staged_file import StagedFile
 
@@ -19,14 +19,22 @@ class BackupHandle:
     """A backup, open for reading; its data are kept from gc until it is closed."""
 
     image: Image
-    root: Root
+    record: Record
+
+    @property
+    def root(self) -> Root:
+        return Root(self.record.root, self.record.height)
 
 
 @dataclass(slots=True)
 class StagedReader:
-    """A staged file, open for reading."""
+    """A staged file, open for reading.
+
+    What it held when it was opened is kept from gc: it may lose its name meanwhile, or be replaced.
+    """
 
     staged: StagedFile
+    root: Root
 
 
 @dataclass(slots=True)

@@ -176,14 +176,15 @@ class Layout:
         path = _join(folder, name)
         if self._folders.has(path):
             return Entry(Kind.VOLUMES, path)
+        stays = folder in self._volumes or folder in self._emptied
+        if name == LATEST_NAME and stays:
+            # Of an emptied folder it is not listed any more, but "rm -r" may yet remove it.
+            return None if folder in self._without_latest else Entry(Kind.LATEST, folder)
         if folder in self._volumes:
-            if name == LATEST_NAME:
-                hidden = folder in self._without_latest
-                return None if hidden else Entry(Kind.LATEST, folder)
             record = self._catalogue.by_name(folder, name)
             if record is not None:
                 return Entry(Kind.BACKUP, record.backup_id)
-        if name == METADATA_NAME and (folder in self._volumes or folder in self._emptied):
+        if name == METADATA_NAME and stays:
             return Entry(Kind.METADATA, folder)
         return None
 
@@ -198,7 +199,7 @@ class Layout:
             if folder not in self._without_latest:
                 found.append((LATEST_NAME, Entry(Kind.LATEST, folder)))
             found.append((METADATA_NAME, Entry(Kind.METADATA, folder)))
-        return found
+        return sorted(found, key=_name)
 
     def _backup_child(self, name: str) -> Entry | None:
         for suffix, kind in ((IMAGE_SUFFIX, Kind.BACKUP), (RECORD_SUFFIX, Kind.RECORD)):

@@ -56,8 +56,8 @@ class NameRequests(Requests):
             await self._set_staged(entry, attr, fields, handle)
         elif isinstance(handle, TextWriter) and fields.update_size:
             handle.truncate(attr.st_size)
-        elif entry.kind in (Kind.SIDECAR, Kind.RECORD, Kind.METADATA):
-            pass  # "cp -p" sets mode and times of what it copied in
+        elif entry.kind in (Kind.SIDECAR, Kind.RECORD, Kind.METADATA, Kind.STAGING):
+            pass  # "cp -p" and "cp -a" set mode and times of what they copied in
         else:
             raise FUSEError(errno.EPERM)
         return await self._stat(entry)
@@ -73,7 +73,8 @@ class NameRequests(Requests):
         area = self._writable()
         if fields.update_size:
             writer = handle.handle if isinstance(handle, StagedWriter) else None
-            async with self._a_publish():
+            await self._published(entry.staged)
+            async with self._a_publish(entry.staged):
                 await self.threads.slow(area.truncate, entry.staged, attr.st_size, writer)
         wanted = {
             "mode": stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
@@ -182,6 +183,7 @@ class NameRequests(Requests):
             raise FUSEError(errno.EISDIR)
         if entry.kind is Kind.STAGED:
             assert entry.staged is not None
+            await self._published(entry.staged)
             await self.threads.slow(area.unlink, entry.staged.name)
         elif entry.kind is Kind.BACKUP:
             record = self._service.resolve(entry.key)
@@ -221,7 +223,10 @@ class NameRequests(Requests):
             assert entry.staged is not None
             if target is not None and target.is_folder:
                 raise FUSEError(errno.EISDIR)
-            async with self._a_publish():
+            await self._published(entry.staged)
+            if target is not None and target.staged is not None:
+                await self._published(target.staged)
+            async with self._a_publish(entry.staged):
                 await self.threads.slow(
                     self._writable().rename,
                     entry.staged.name,
@@ -273,7 +278,10 @@ class NameRequests(Requests):
         return value.encode()
 
     async def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
-        return [name.encode() for name in self._attributes.xattrs(self._entry(inode))]
+        entry = self._entry(inode)
+        if entry.kind is Kind.STAGED:
+            return []  # "rsync -X" would remove from its copy what the source does not have
+        return [name.encode() for name in self._attributes.xattrs(entry)]
 
     @answered
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
@@ -281,7 +289,8 @@ class NameRequests(Requests):
         if entry.kind is not Kind.STAGED or name != PUBLISH_ATTRIBUTE.encode():
             raise FUSEError(errno.ENOTSUP)
         assert entry.staged is not None
-        async with self._a_publish():
+        await self._published(entry.staged)
+        async with self._a_publish(entry.staged):
             await self.threads.slow(self._writable().publish_now, entry.staged.name)
 
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:

@@ -5,6 +5,8 @@ handler ends with an answer or a FUSEError, whatever happens: anything else woul
 
 A release that publishes is counted before its first await, and a look into ``volumes/`` or
 ``backups/`` waits for those counted before it: that is why cp's backup is there when cp returns.
+What changes a staged file waits for its own: close(2) does not wait for the release, so the next
+program may be quicker, and must not take away what is about to become a backup.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from backupfs.fuse import handles
 from backupfs.fuse.attributes import Attributes
 from backupfs.fuse.errno_table import errno_of
 from backupfs.fuse.handles import (
+    BackupHandle,
     Handle,
     StagedWriter,
     TextWriter,
@@ -33,6 +34,7 @@ from backupfs.fuse.threads import Threads
 from backupfs.service import Service, StagingArea
 from backupfs.staging.area import WriteHandle
 from backupfs.staging.lifecycle import is_temporary
+from backupfs.staging.staged_file import StagedFile
 
 log = logging.getLogger(__name__)
 
@@ -89,13 +91,13 @@ class Requests(pyfuse3.Operations):
         self._folder_handles: dict[int, list[tuple[str, Entry]] | Entry] = {}
         self._next_handle = 1
         self._sidecars: dict[str, TextWriter] = {}
-        self._publishing: set[trio.Event] = set()
+        self._publishing: dict[trio.Event, StagedFile] = {}
         self.threads: Threads  # set inside the event loop, before the first request
 
     def _entry(self, inode: int) -> Entry:
         entry = self._inodes.entry(inode)
-        if entry is None:
-            raise FUSEError(errno.ESTALE)
+        if entry is None or (entry.kind is Kind.SIDECAR and entry.key not in self._sidecars):
+            raise FUSEError(errno.ESTALE)  # the kernel looks the name up again
         return entry
 
     def _child(self, parent: Entry, name: bytes) -> Entry:
@@ -122,7 +124,17 @@ class Requests(pyfuse3.Operations):
             if entry.kind is Kind.RECORD and self._service.catalogue.get(entry.key) is None:
                 return None
             text_size = len(await self._content(entry))
-        return self._attributes.of(entry, text_size=text_size)
+        attributes = self._attributes.of(entry, text_size=text_size)
+        if attributes is None and entry.kind is Kind.BACKUP:
+            return self._stat_removed(entry)
+        return attributes
+
+    def _stat_removed(self, entry: Entry) -> EntryAttributes | None:
+        """A backup without a name is a file as long as somebody has it open."""
+        for handle in self._handles.values():
+            if isinstance(handle, BackupHandle) and handle.record.backup_id == entry.key:
+                return self._attributes.of_removed(entry, handle.record)
+        return None
 
     async def _content(self, entry: Entry) -> bytes:
         if entry.kind is Kind.SIDECAR:
@@ -148,20 +160,24 @@ class Requests(pyfuse3.Operations):
         return f"{folder.key}/{text}" if folder.key else text
 
     @contextlib.asynccontextmanager
-    async def _a_publish(self) -> AsyncIterator[None]:
+    async def _a_publish(self, staged: StagedFile) -> AsyncIterator[None]:
         """Something that may publish is under way; counted from before the first await."""
         event = trio.Event()
-        self._publishing.add(event)
+        self._publishing[event] = staged
         try:
             yield
         finally:
-            self._publishing.discard(event)
+            del self._publishing[event]
             event.set()
 
-    async def _published(self) -> None:
-        """Wait for what began to publish before now; what begins later is not waited for."""
-        for event in list(self._publishing):
-            await event.wait()
+    async def _published(self, staged: StagedFile | None = None) -> None:
+        """Wait for what began to publish before now, or only for that of one staged file.
+
+        What begins later is not waited for.
+        """
+        for event, publishing in list(self._publishing.items()):
+            if staged is None or publishing is staged:
+                await event.wait()
 
     async def _create_staged(
         self, parent: Entry, name: bytes, mode: int, ctx: RequestContext

@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from backupfs.errors import CorruptBlob, MissingBlob, ObjectNotFound
+from backupfs.errors import CorruptBlob, MissingBlob, ObjectNotFound, StorageUnavailable
 from backupfs.format import blob as blob_format
 from backupfs.format.ids import IdScheme
 from backupfs.format.pack import PackEntry, pack_name
 from backupfs.format.tree import HOLE_NODE
+from backupfs.repository.chunks import Avoided
 from backupfs.repository.index import BlobLocation, Index
 from backupfs.repository.packer import Packer
 from backupfs.storage.base import Storage
@@ -48,12 +49,14 @@ class BlobReader:
         ids: IdScheme,
         index: Index,
         chunk_size: int,
+        avoided: Avoided,
         refresh: Refresh,
     ) -> None:
         self._storage = storage
         self._ids = ids
         self._index = index
         self._packer: Packer | None = None
+        self._avoided = avoided
         self._refresh = refresh
         self.zeros = bytes(chunk_size)
         self._chunks = _Cache(max(1, CHUNK_CACHE_SIZE // chunk_size))
@@ -126,6 +129,19 @@ class BlobReader:
         self._prove(data, entry.blob_id, entry.level, location)
         return data
 
+    def note_damage(self, blob_ids: Iterable[BlobId]) -> None:
+        """Blobs that cannot be read: no writer relies on them, and no cache hides it."""
+        blob_ids = list(blob_ids)
+        for blob_id in blob_ids:
+            self._chunks.drop(blob_id)
+            self._nodes.drop(blob_id)
+        try:
+            self._index.mark_damaged(blob_ids)
+            self._avoided.blobs = self._index.damaged()
+        except StorageUnavailable as error:  # this process knows, at least
+            log.warning("%s", error)
+            self._avoided.blobs |= frozenset(blob_ids)
+
     def _fetch(self, blob_ids: list[BlobId], level: int) -> list[bytes]:
         """Plain bytes of each blob, proven, in order."""
         results: dict[BlobId, bytes] = {}
@@ -195,7 +211,7 @@ class BlobReader:
                 return self._prove(self._read_at(location), blob_id, level, location)
             except CorruptBlob as error:
                 damage = error
-        self._index.mark_damaged([blob_id])
+        self.note_damage([blob_id])
         raise damage or MissingBlob(blob_id=blob_id.hex())
 
     def _read_at(self, location: BlobLocation) -> bytes:
@@ -248,6 +264,10 @@ class _Cache:
             self._entries.move_to_end(blob_id)
             while len(self._entries) > self._count_max:
                 self._entries.popitem(last=False)
+
+    def drop(self, blob_id: BlobId) -> None:
+        with self._lock:
+            self._entries.pop(blob_id, None)
 
 
 def _runs(

@@ -14,29 +14,31 @@ import logging
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from backupfs.errors import Busy, CorruptObject, DamageError, LockTimeout, StorageFull
-from backupfs.format.pack import PackEntry, pack_name
+from backupfs.format.pack import ENTRY, TAIL_SIZE, PackEntry, pack_name
 from backupfs.repository.images import Root
 from backupfs.repository.marking import Marker, Reached, draft_roots
 from backupfs.repository.packer import NewBlob
 from backupfs.repository.rebuild import list_packs, read_footer
 from backupfs.repository.repository import RESERVE_NAME, RESERVE_SIZE, Repository
 from backupfs.repository.sessions import (
+    PLANS_PREFIX,
     Plan,
     SessionWatch,
     encode_plan,
     plan_name,
-    read_plans,
 )
-from backupfs.storage.locks import holder, try_lock
+from backupfs.storage.locks import FileLock, holder, try_lock
+from backupfs.storage.oserrors import translated
 from backupfs.types import PackId, Progress, ceil_div
 
 log = logging.getLogger(__name__)
 
 ACKNOWLEDGE_SECONDS_MAX = 300.0
 ACKNOWLEDGE_POLL_SECONDS = 0.02
+# A writer that takes longer may lack the room for its answer.
+ROOM_FOR_ANSWERS_SECONDS = 5.0
 # A pack with at least this share of dead bytes is worth copying the rest of.
 THIN_DEAD_PERCENT = 30
 # Packs smaller than this part of a full one are joined, once there are enough of them.
@@ -65,22 +67,52 @@ def collect(repository: Repository, progress: Progress) -> Collected:
         LockTimeout: a session did not acknowledge; nothing was deleted.
         StorageError
     """
-    path = repository.folder / "locks" / "gc"
-    lock = try_lock(path)
-    if lock is None:
-        raise Busy(what="gc", holder=holder(path))
-    lock.describe(f"process {repository.ambient.process_id()}")
+    reserve = _Reserve(repository)
+    lock = _take_lock(repository, reserve)
     try:
-        return _Run(repository, progress).run()
+        return _Run(repository, progress, reserve).run()
     finally:
+        reserve.restore()
         lock.release()
 
 
+def _take_lock(repository: Repository, reserve: _Reserve) -> FileLock:
+    path = repository.folder / "locks" / "gc"
+    try:
+        lock = try_lock(path)
+    except StorageFull:
+        reserve.give_up()
+        lock = try_lock(path)
+    if lock is None:
+        raise Busy(what="gc", holder=holder(path))
+    lock.describe(f"process {repository.ambient.process_id()}")
+    return lock
+
+
+class _Reserve:
+    """A file whose only use is to be deleted: room for gc, and who answers it, on a full disk."""
+
+    def __init__(self, repository: Repository) -> None:
+        self._path = repository.folder / "spool" / RESERVE_NAME
+        self._ambient = repository.ambient
+
+    def give_up(self) -> None:
+        with translated():
+            self._path.unlink(missing_ok=True)
+
+    def restore(self) -> None:
+        """Make it again where it is gone, or not whole; without room, the next gc will."""
+        with contextlib.suppress(OSError):
+            if not self._path.exists() or self._path.stat().st_size < RESERVE_SIZE:
+                self._path.write_bytes(self._ambient.random_bytes(RESERVE_SIZE))
+
+
 class _Run:
-    def __init__(self, repository: Repository, progress: Progress) -> None:
+    def __init__(self, repository: Repository, progress: Progress, reserve: _Reserve) -> None:
         self._repository = repository
         self._storage = repository.storage
         self._progress = progress
+        self._reserve = reserve
         self._watch = SessionWatch(repository.folder, repository.storage)
 
     def run(self) -> Collected:
@@ -105,8 +137,8 @@ class _Run:
 
     def _clean_after_the_dead(self) -> None:
         """What a gc or a writer left that was killed: stale plans, sessions, spooled packs."""
-        for plan in read_plans(self._storage):
-            self._storage.delete(plan_name(plan.plan_id))
+        for info in list(self._storage.list(PLANS_PREFIX)):
+            self._storage.delete(info.name)
         spool = self._repository.folder / "spool"
         # Listed before the sessions: a session takes its lock first, then makes its folder.
         spooled = [path for path in spool.iterdir() if path.is_dir()] if spool.is_dir() else []
@@ -135,14 +167,17 @@ class _Run:
         self, known: set[PackId], packs: dict[PackId, int], reached: Reached
     ) -> set[PackId]:
         condemned, small = set(), set()
+        suspects = self._repository.index.suspects()
         for pack_id in known:
             alive = self._alive(pack_id, packs[pack_id], reached)
             size = packs[pack_id]
             self._progress(size)
             if alive is None:
                 continue
-            alive_size = sum(entry.size for entry in alive)
-            if (size - alive_size) * 100 >= size * THIN_DEAD_PERCENT:
+            # What the pack would be without its dead.
+            alive_size = TAIL_SIZE + sum(entry.size + ENTRY.size for entry in alive)
+            is_thin = (size - alive_size) * 100 >= size * THIN_DEAD_PERCENT
+            if is_thin or not alive or pack_id in suspects:
                 condemned.add(pack_id)
             elif size < self._repository.config.pack_size // SMALL_PACK_PARTS:
                 small.add(pack_id)
@@ -177,22 +212,23 @@ class _Run:
             return dead, self._repack(thin, packs, reached)
         finally:
             self._storage.delete(plan_name(plan.plan_id))
-            self._restore_reserve()
 
     def _publish(self, plan: Plan) -> None:
         data = encode_plan(plan)
         try:
             self._storage.put_new(plan_name(plan.plan_id), data)
         except StorageFull:
-            # This is what the reserve is for.
-            self._reserve.unlink(missing_ok=True)
+            self._reserve.give_up()
             self._storage.put_new(plan_name(plan.plan_id), data)
 
     def _wait_for_sessions(self, plan: Plan) -> None:
         ambient = self._repository.ambient
         started = ambient.monotonic()
         while waiting := self._watch.waiting_for(plan.plan_id, but=None):
-            if ambient.monotonic() - started > ACKNOWLEDGE_SECONDS_MAX:
+            waited = ambient.monotonic() - started
+            if waited > ROOM_FOR_ANSWERS_SECONDS:
+                self._reserve.give_up()
+            if waited > ACKNOWLEDGE_SECONDS_MAX:
                 raise LockTimeout(
                     seconds=ACKNOWLEDGE_SECONDS_MAX,
                     what="a writer to acknowledge gc",
@@ -201,9 +237,13 @@ class _Run:
             ambient.sleep(ACKNOWLEDGE_POLL_SECONDS)
 
     def _delete(self, pack_ids: Iterable[PackId]) -> None:
-        for pack_id in pack_ids:
-            self._storage.delete(pack_name(pack_id))
-        self._repository.index.forget_packs(pack_ids)
+        try:
+            for pack_id in pack_ids:
+                self._storage.delete(pack_name(pack_id))
+        finally:
+            # Also where a deletion failed: it may have had its effect, and what is still there is
+            # taken in again by the next refresh.
+            self._repository.index.forget_packs(pack_ids)
 
     def _repack(
         self, thin: list[PackId], packs: dict[PackId, int], reached: Reached
@@ -248,12 +288,3 @@ class _Run:
             if packer.claim([entry.blob_id]):
                 packer.append([NewBlob(blob_id=entry.blob_id, level=entry.level, data=data)])
         return True
-
-    @property
-    def _reserve(self) -> Path:
-        return self._repository.folder / "spool" / RESERVE_NAME
-
-    def _restore_reserve(self) -> None:
-        if not self._reserve.exists():
-            with contextlib.suppress(OSError):
-                self._reserve.write_bytes(self._repository.ambient.random_bytes(RESERVE_SIZE))

@@ -64,6 +64,7 @@ class Index:
         self._packs = environment.open_db(b"packs")  # number -> pack id
         self._numbers = environment.open_db(b"numbers")  # pack id -> number
         self._damaged = environment.open_db(b"damaged")  # whole blob id -> b""
+        self._suspects = environment.open_db(b"suspects")  # pack id -> b""
         self._meta = environment.open_db(b"meta")
         self._lock = threading.Lock()
         self._generation = -1
@@ -111,25 +112,59 @@ class Index:
             number = self._next_number(transaction)
             transaction.put(NUMBER.pack(number), pack_id, db=self._packs)
             transaction.put(pack_id, NUMBER.pack(number), db=self._numbers)
+            if transaction.stat(self._damaged)["entries"]:
+                self._note_healed(transaction, ordered)
             transaction.cursor(db=self._blobs).putmulti(
                 [
                     (entry.blob_id[:KEY_SIZE], LOCATION.pack(number, entry.offset, entry.size))
                     for entry in ordered
                 ]
             )
-            if transaction.stat(self._damaged)["entries"]:
-                for entry in ordered:
-                    transaction.delete(entry.blob_id, db=self._damaged)
             self._bump_generation(transaction)
 
-    def forget_packs(self, pack_ids: Iterable[PackId]) -> None:
-        """Take packs out that are gone; what lay in them counts as absent."""
+    def forget_packs(self, pack_ids: Iterable[PackId], *, leaves_gaps: bool = False) -> None:
+        """Take packs out that are gone; what lay in them counts as absent.
+
+        ``leaves_gaps``: packs that stay may hold copies of it; see ``gaps``.
+        """
+        pack_ids = list(pack_ids)
+        if not pack_ids:
+            return
         with self._writing() as transaction:
             for pack_id in pack_ids:
                 number = transaction.pop(pack_id, db=self._numbers)
                 if number is not None:
                     transaction.delete(number, db=self._packs)
-            self._bump_generation(transaction)
+                transaction.delete(pack_id, db=self._suspects)
+            generation = self._bump_generation(transaction)
+            if leaves_gaps:
+                transaction.put(b"gaps", generation, db=self._meta)
+
+    def gaps(self) -> bytes | None:
+        """None, or a mark that blobs may count as absent of which some pack has a copy."""
+        with self._environment.begin() as transaction:
+            mark: bytes | None = transaction.get(b"gaps", db=self._meta)
+            return mark
+
+    def fill_gaps(self, pack_id: PackId, entries: Iterable[PackEntry]) -> None:
+        """Take in those blobs of a known pack that count as absent."""
+        with self._writing() as transaction:
+            number = transaction.get(pack_id, db=self._numbers)
+            if number is None:
+                return
+            known = self._known_packs(transaction)
+            for entry in entries:
+                key = entry.blob_id[:KEY_SIZE]
+                value = transaction.get(key, db=self._blobs)
+                if value is None or LOCATION.unpack(value)[0] not in known:
+                    place = LOCATION.pack(*NUMBER.unpack(number), entry.offset, entry.size)
+                    transaction.put(key, place, db=self._blobs)
+
+    def close_gaps(self, mark: bytes) -> None:
+        """All packs were gone through since ``gaps`` gave ``mark``."""
+        with self._writing() as transaction:
+            if transaction.get(b"gaps", db=self._meta) == mark:
+                transaction.delete(b"gaps", db=self._meta)
 
     def pack_ids(self) -> set[PackId]:
         """The packs taken in and not forgotten."""
@@ -159,6 +194,14 @@ class Index:
             with transaction.cursor(db=self._damaged) as cursor:
                 return frozenset(BlobId(bytes(key)) for key in cursor.iternext(values=False))
 
+    def suspects(self) -> set[PackId]:
+        """Packs with a damaged copy of a blob that is whole in another pack."""
+        with (
+            self._environment.begin() as transaction,
+            transaction.cursor(db=self._suspects) as cursor,
+        ):
+            return {PackId(bytes(pack_id)) for pack_id in cursor.iternext(values=False)}
+
     def entry_count(self) -> int:
         """Blobs listed, those of packs that are gone among them."""
         with self._environment.begin() as transaction:
@@ -167,7 +210,7 @@ class Index:
     def clear(self) -> None:
         """Forget everything; the packs are the truth."""
         with self._writing() as transaction:
-            for database in (self._blobs, self._packs, self._numbers, self._damaged):
+            for database in self._databases():
                 transaction.drop(database, delete=False)
             self._bump_generation(transaction)
 
@@ -193,14 +236,30 @@ class Index:
                 self._generation = generation
             return self._pack_ids
 
+    def _note_healed(self, transaction: Any, entries: Iterable[PackEntry]) -> None:
+        """These blobs get a new place: what was damaged of them is no more, but for the copy."""
+        known = self._known_packs(transaction)
+        for entry in entries:
+            if transaction.delete(entry.blob_id, db=self._damaged):
+                value = transaction.get(entry.blob_id[:KEY_SIZE], db=self._blobs)
+                pack_id = known.get(LOCATION.unpack(value)[0]) if value is not None else None
+                if pack_id is not None:
+                    transaction.put(pack_id, b"", db=self._suspects)
+
+    def _databases(self) -> tuple[Any, ...]:
+        """All but what must survive ``clear``."""
+        return (self._blobs, self._packs, self._numbers, self._damaged, self._suspects)
+
     def _next_number(self, transaction: Any) -> int:
         number = int(transaction.get(b"next_number", b"1", db=self._meta))
         transaction.put(b"next_number", str(number + 1).encode(), db=self._meta)
         return number
 
-    def _bump_generation(self, transaction: Any) -> None:
+    def _bump_generation(self, transaction: Any) -> bytes:
         generation = int(transaction.get(b"generation", b"0", db=self._meta)) + 1
-        transaction.put(b"generation", str(generation).encode(), db=self._meta)
+        encoded = str(generation).encode()
+        transaction.put(b"generation", encoded, db=self._meta)
+        return encoded
 
 
 # One environment per folder and process: the library forbids a second.

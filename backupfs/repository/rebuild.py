@@ -6,6 +6,7 @@ whose footer cannot be read is reported and left out; its blobs count as absent 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable
 
@@ -59,19 +60,35 @@ def read_footer(
         raise CorruptObject(name=name, reason=str(error)) from error
 
 
-def refresh_index(
-    storage: Storage, ids: IdScheme, index: Index, packs: dict[PackId, int] | None = None
-) -> list[CorruptObject]:
+def refresh_index(storage: Storage, ids: IdScheme, index: Index) -> list[CorruptObject]:
     """Make the index list just the packs that exist; what is wrong with those it could not take.
 
     Raises: StorageError.
     """
-    existing = list_packs(storage) if packs is None else packs
+    # Known before existing: who adds a pack has put it in place before, who deletes one deletes it
+    # before it is forgotten. So what is known and not listed is gone, and not merely new.
     known = index.pack_ids()
-    gone = known - existing.keys()
-    if gone:
-        index.forget_packs(gone)
-    return list(_take_in(storage, ids, index, sorted(existing.keys() - known), existing))
+    existing = list_packs(storage)
+    # This index may be alone in naming those as the places of blobs that other packs hold too.
+    index.forget_packs(known - existing.keys(), leaves_gaps=True)
+    new = existing.keys() - known
+    damage = list(_take_in(storage, ids, index, sorted(new), existing))
+    if new:
+        # A gc may have deleted and forgotten one of them before it was taken in.
+        index.forget_packs(new - list_packs(storage).keys(), leaves_gaps=True)
+    _fill_gaps(storage, ids, index, existing)
+    return damage
+
+
+def _fill_gaps(storage: Storage, ids: IdScheme, index: Index, sizes: dict[PackId, int]) -> None:
+    mark = index.gaps()
+    if mark is None:
+        return
+    log.info("packs were deleted by others: looking for copies of what lay in them")
+    for pack_id in sorted(index.pack_ids() & sizes.keys()):
+        with contextlib.suppress(ObjectNotFound, CorruptObject):
+            index.fill_gaps(pack_id, read_footer(storage, ids, pack_id, sizes[pack_id]))
+    index.close_gaps(mark)
 
 
 def _take_in(

@@ -7,6 +7,7 @@ with the first caller of ``writer``.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import threading
 from dataclasses import replace
@@ -106,8 +107,12 @@ class Writer:
             refresh=repository.refresh_index,
         )
         self._spool = repository.folder / "spool" / self.session.session_id
-        with translated():
-            self._spool.mkdir(parents=True)
+        try:
+            with translated():
+                self._spool.mkdir(parents=True)
+        except BaseException:
+            self.session.close()  # or gc would wait for a writer that never was
+            raise
         self.packer = Packer(
             storage=repository.storage,
             ids=repository.ids,
@@ -128,9 +133,15 @@ class Writer:
         self.credit = Credit(CREDIT_SIZE)
         self.open_share = OpenShare(OPEN_SIZE_MAX // config.chunk_size)
         repository.reader.attach(self.packer)
+        self.session.settle = self._settle_packs
+
+    def _settle_packs(self) -> None:
+        """For gc: every pack it can have seen is in the index, where a condemned one is avoided."""
+        self.packer.seal(since=self.packer.failures)
 
     def close(self) -> None:
         """Make what was stored durable, then leave the session."""
+        self.session.stop_watching()  # its checkpoints need the threads that end now
         self.workers.close()
         self.packer.close()
         self.session.close()
@@ -163,7 +174,7 @@ class Repository:
                 compression_level=compression_level,
             )
         self.lock_seconds_max = LOCK_SECONDS_MAX if lock_seconds_max is None else lock_seconds_max
-        self.index = Index.open(cache_folder(self.config.repository_id))
+        self.index = Index.open(cache_folder(_cache_name(self.config, self.folder)))
         self.avoided = Avoided()
         self.records = RecordStore(storage, self.ids)
         self.metadata = MetadataStore(storage, self.ids)
@@ -172,6 +183,7 @@ class Repository:
             ids=self.ids,
             index=self.index,
             chunk_size=self.config.chunk_size,
+            avoided=self.avoided,
             refresh=self._refresh_for_reader,
         )
         self._writer: Writer | None = None
@@ -234,14 +246,21 @@ class Repository:
             self.refresh_index()
 
 
-def cache_folder(repository_id: str) -> Path:
-    """Where this host keeps its index of a repository; never inside the repository."""
+def cache_folder(name: str) -> Path:
+    """Where this host keeps what can be made anew; never inside a repository."""
     cache_home = os.environ.get("XDG_CACHE_HOME")
     if cache_home and Path(cache_home).is_absolute():
-        return Path(cache_home) / "backupfs" / repository_id
+        return Path(cache_home) / "backupfs" / name
     if os.geteuid() == 0:
-        return Path("/var/cache/backupfs") / repository_id
-    return Path.home() / ".cache" / "backupfs" / repository_id
+        return Path("/var/cache/backupfs") / name
+    return Path.home() / ".cache" / "backupfs" / name
+
+
+def _cache_name(config: RepositoryConfig, folder: Path) -> str:
+    """A name for the index of the repository in ``folder``."""
+    # By place too: a copy of a repository has the same id, and soon other packs.
+    place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    return f"{config.repository_id}-{place}"
 
 
 def _read_config(storage: LocalStorage, ids: IdScheme) -> RepositoryConfig:

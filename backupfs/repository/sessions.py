@@ -13,19 +13,19 @@ import contextlib
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from backupfs.ambient import Ambient
-from backupfs.errors import CorruptObject, ObjectNotFound, StorageError
+from backupfs.errors import CorruptObject, ObjectExists, ObjectNotFound, StorageError
 from backupfs.format import codec
 from backupfs.format.blob import LEVEL_MAX
 from backupfs.repository.chunks import Avoided
 from backupfs.repository.images import Root
 from backupfs.storage.base import Storage
 from backupfs.storage.local import LocalStorage
-from backupfs.storage.locks import FileLock, is_held, try_lock
+from backupfs.storage.locks import FileLock, try_lock
 from backupfs.types import BLOB_ID_SIZE, PACK_ID_SIZE, BlobId, ObjectName, PackId
 
 log = logging.getLogger(__name__)
@@ -101,6 +101,8 @@ class Session:
         refresh: Callable[[], object],
     ) -> None:
         self.session_id = ambient.random_bytes(16).hex()
+        # Called before all checkpoints: makes sure that nobody can go on relying on condemned packs.
+        self.settle: Callable[[], None] = lambda: None
         self._storage = storage
         self._avoided = avoided
         self._refresh = refresh
@@ -108,24 +110,30 @@ class Session:
         self._checkpoints: list[Callable[[], set[Root]]] = []
         self._lock = threading.Lock()
         self._acknowledged: frozenset[str] = frozenset()
-        lock = try_lock(folder / SESSIONS / self.session_id)
-        assert lock is not None, "a random name is nobody else's"
-        self._file: FileLock = lock
-        self._file.describe(f"process {ambient.process_id()} on {ambient.host_name()}")
         self._plans_mark: int | None = None
-        # After the lock, before any look-up: a gc either sees us or we see its plan.
-        self._follow_plans()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="session", daemon=True)
+        self._file = take_session_lock(folder / SESSIONS / self.session_id, ambient)
+        try:
+            self._file.describe(f"process {ambient.process_id()} on {ambient.host_name()}")
+            # After the lock, before any look-up: a gc either sees us or we see its plan.
+            self._follow_plans()
+            # And of a gc that ended since the index was last in line, the index must learn.
+            self._refresh()
+        except BaseException:
+            self._file.release(remove=True)
+            raise
         self._thread.start()
+
+    def stop_watching(self) -> None:
+        """No checkpoint is called from now on; a gc that comes waits until ``close``."""
+        self._stop.set()
+        self._thread.join()
 
     def close(self) -> None:
         """Leave: from now on gc does not wait for this process."""
-        self._stop.set()
-        self._thread.join()
-        for plan_id in self._acknowledged:
-            with contextlib.suppress(StorageError):
-                self._storage.delete(ack_name(self.session_id, plan_id))
+        self.stop_watching()
+        self._delete_acks(self._acknowledged)
         self._file.release(remove=True)
 
     @contextlib.contextmanager
@@ -172,10 +180,12 @@ class Session:
         plans = read_plans(self._storage)
         condemned = frozenset(pack_id for plan in plans for pack_id in plan.condemned)
         # Grown first, shrunk last: packs of a plan that ended may be gone, and the index must know.
+        is_to_shrink = bool(self._avoided.packs - condemned)
         self._avoided.packs |= condemned
         present = frozenset(plan.plan_id for plan in plans)
-        if self._acknowledged - present:
+        if is_to_shrink:
             self._refresh()
+        self._delete_acks(self._acknowledged - present)
         for plan_id in sorted(present - self._acknowledged):
             self._acknowledge(plan_id)
         self._avoided.packs = condemned
@@ -183,6 +193,8 @@ class Session:
         self._plans_mark = mark
 
     def _acknowledge(self, plan_id: str) -> None:
+        self.settle()
+        # Only now: who comes later relies on nothing that is condemned.
         with self._lock:
             checkpoints = list(self._checkpoints)
         roots: set[Root] = set()
@@ -190,7 +202,22 @@ class Session:
             roots |= checkpoint()
         with self._lock:
             roots.update(self._held)
-        self._storage.put_new(ack_name(self.session_id, plan_id), encode_ack(roots))
+        # There already: an earlier try succeeded unknown to us, and what it said still holds.
+        with contextlib.suppress(ObjectExists):
+            self._storage.put_new(ack_name(self.session_id, plan_id), encode_ack(roots))
+
+    def _delete_acks(self, plan_ids: Iterable[str]) -> None:
+        for plan_id in plan_ids:
+            with contextlib.suppress(StorageError):
+                self._storage.delete(ack_name(self.session_id, plan_id))
+
+
+def take_session_lock(path: Path, ambient: Ambient) -> FileLock:
+    """Take the lock of a new session. The name is nobody else's; only a gc that looks whether a
+    session is alive is in the way, for a moment."""
+    while (lock := try_lock(path)) is None:
+        ambient.sleep(0.001)
+    return lock
 
 
 def encode_ack(roots: set[Root]) -> bytes:
@@ -262,8 +289,10 @@ class SessionWatch:
         for path in self._folder.iterdir():
             if not path.is_file():
                 continue
-            if is_held(path):
+            # Removed only under its lock: a session may have made it and be about to take it.
+            lock = try_lock(path)
+            if lock is None:
                 living.append(path)
             else:
-                path.unlink(missing_ok=True)
+                lock.release(remove=True)
         return living

@@ -60,8 +60,7 @@ class Verification:
         if not quick:
             self._read_packs()
         if self._bad:
-            self._repository.index.mark_damaged(self._bad)
-            self._repository.avoided.blobs = self._repository.index.damaged()
+            self._repository.reader.note_damage(self._bad)
             for record in records:
                 self._name_hits(record)
 

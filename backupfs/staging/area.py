@@ -8,6 +8,7 @@ needed, the file's comes first.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from dataclasses import dataclass
@@ -138,22 +139,33 @@ class StagingArea:
         if old == new:
             return
         with staged.lock:
-            volume = staged.volume
             with self._lock:
                 self._check_name(new, but=old)
                 replaced = self._files.get(new)
-                staged.left_partial |= self._is_left_partial(staged, old)
-                staged.name = new
-                staged.renamed = True
-                if staged.volume != volume and (staged.size or staged.written):
-                    staged.changed = True
-                self._keeper.save(staged)
+                self._keep_as(staged, new)
                 del self._files[old]
                 self._files[new] = staged
                 if replaced is not None:
                     replaced.unlinked = True
                     self._states.remove(replaced.draft_id)
             self._decide(staged)
+
+    def _keep_as(self, staged: StagedFile, name: str) -> None:
+        """Make a new name durable; should that fail, the file has its old one."""
+        volume, before = staged.volume, staged.name
+        state, changed = staged.state, staged.changed
+        staged.left_partial |= self._is_left_partial(staged, before)
+        staged.name = name
+        if staged.volume != volume and (staged.size or staged.written):
+            staged.changed = True
+        # Decided anew: should the daemon die now, the next one is to decide it by its new name.
+        staged.state = State.OPEN
+        try:
+            self._keeper.save(staged)
+        except StorageError:
+            staged.name, staged.state, staged.changed = before, state, changed
+            raise
+        staged.renamed = True
 
     def make_folder(self, path: str) -> None:
         """Raises: InvalidName, StorageError."""
@@ -185,11 +197,15 @@ class StagingArea:
             staged.state, staged.settle_at = State.OPEN, None
         return WriteHandle(staged)
 
+    def begin_writing(self, handle: WriteHandle) -> None:
+        """Mark the file as being written. Raises: StorageError."""
+        self._keeper.mark(handle.staged)
+
     def note_write(self, handle: WriteHandle) -> None:
-        """The content is about to change through ``handle``. Quick, but for the first time after a
-        flush (see ``is_marked``), when a file is written."""
+        """The content is about to change through ``handle``. Never waits; who calls makes sure
+        that the file no longer ``wants_mark`` before the write is answered."""
         staged = handle.staged
-        self._keeper.mark(staged)
+        staged.unflushed.add(id(handle))
         staged.content_changed(self._ambient.now())
         staged.written = True
         handle.ends_sized = False
@@ -201,6 +217,8 @@ class StagingArea:
                 handle.ends_sized = True
             if size == staged.size:
                 return
+            if handle is not None:
+                staged.unflushed.add(id(handle))
             self._keeper.mark(staged)
             if size:
                 staged.draft.truncate(size)
@@ -221,6 +239,7 @@ class StagingArea:
             if handle.ends_sized and not interrupted:
                 staged.interrupted = staged.left_partial = False
                 staged.failure = ""
+            staged.unflushed.discard(id(handle))
             self._keeper.flush(staged, interrupted=interrupted)
 
     def sync(self, handle: WriteHandle) -> None:
@@ -233,6 +252,7 @@ class StagingArea:
         staged = handle.staged
         with staged.lock:
             staged.writers -= 1
+            staged.unflushed.discard(id(handle))
             staged.interrupted |= interrupted and staged.changed
             if staged.writers:
                 return
@@ -246,9 +266,10 @@ class StagingArea:
                 # A writer through mmap may change pages after its last close.
                 if staged.draft.is_dirty or staged.is_marked or not staged.is_saved:
                     self._keeper.flush(staged, interrupted=staged.interrupted)
-                self._decide(staged)
             except BackupfsError as error:
-                self._hold(staged, f"publishing failed: {error}")
+                self._hold(staged, f"writing failed: {error}")
+            else:
+                self._decide_alone(staged)
 
     def set_attributes(
         self,
@@ -296,33 +317,37 @@ class StagingArea:
             if staged.settle_at is None or staged.settle_at > now:
                 continue
             with staged.lock:
-                if staged.state is not State.SETTLING or staged.unlinked:
-                    continue
-                try:
-                    self._decide(staged, settled=True)
-                except BackupfsError as error:
-                    self._hold(staged, f"publishing failed: {error}")
+                if staged.state is State.SETTLING and not staged.unlinked:
+                    self._decide_alone(staged, settled=True)
+
+    def _decide_alone(self, staged: StagedFile, *, settled: bool = False) -> None:
+        """For nobody who waits for the answer: an error holds the file, which says why."""
+        with contextlib.suppress(BackupfsError):
+            self._decide(staged, settled=settled)
 
     def _decide(
         self, staged: StagedFile, *, settled: bool = False, explicit: bool = False
     ) -> Record | None:
+        """Publish or not. Raises: BackupfsError (publishing failed, and the file is held)."""
         volume = staged.volume
         latest = self._catalogue.latest(volume) if volume else None
         facts = staged.facts(
             latest_size=latest.size if latest else None, settled=settled, explicit=explicit
         )
         decision = decide(facts, self._policy)
-        before = staged.state
+        if decision.state is State.HELD:
+            self._hold(staged, decision.reason)
+            return None
         staged.state, staged.reason, staged.settle_at = decision.state, decision.reason, None
-        if decision.state is State.PUBLISHING:
-            return self._publish(staged)
         if decision.state is State.SETTLING:
             staged.settle_at = self._ambient.monotonic() + self._policy.settle_seconds
-        if decision.state is State.HELD:
-            self._keeper.save(staged)
-            if before is not State.HELD:
-                self.events.add("held", staged.name, decision.reason)
-        return None
+        if decision.state is not State.PUBLISHING:
+            return None
+        try:
+            return self._publish(staged)
+        except BackupfsError as error:
+            self._hold(staged, f"publishing failed: {error}", may_retry=True)
+            raise
 
     def _publish(self, staged: StagedFile) -> Record:
         assert staged.volume is not None
@@ -344,13 +369,20 @@ class StagingArea:
                 ),
             )
         staged.became_backup(record.backup_id, self._ambient.new_uuid())
-        self._keeper.save(staged)
         self.events.add("published", staged.name, f"{record.backup_id} as {record.name}")
+        # The backup exists, whether or not this is kept: its record tells the next start as well.
+        self._save_if_possible(staged)
         return record
 
-    def _hold(self, staged: StagedFile, reason: str) -> None:
+    def _hold(self, staged: StagedFile, reason: str, *, may_retry: bool = False) -> None:
+        """``may_retry``: nothing speaks against the content, and the next start tries again."""
+        if (staged.state, staged.reason) != (State.HELD, reason):
+            self.events.add("held", staged.name, reason)
         staged.state, staged.reason, staged.settle_at = State.HELD, reason, None
-        self.events.add("held", staged.name, reason)
+        staged.may_retry = may_retry
+        self._save_if_possible(staged)
+
+    def _save_if_possible(self, staged: StagedFile) -> None:
         try:
             self._keeper.save(staged)
         except StorageError as error:
@@ -383,22 +415,20 @@ class StagingArea:
         self._files = load_staged(self._states, self._new_draft)
         for staged in self.files():
             with staged.lock:
-                try:
-                    self._take_up(staged)
-                except BackupfsError as error:
-                    self._hold(staged, f"publishing failed: {error}")
+                self._take_up(staged)
 
     def _take_up(self, staged: StagedFile) -> None:
         published = self._catalogue.get(staged.next_id)
         if published is not None and published.root == staged.draft.saved.root.root:
             staged.became_backup(published.backup_id, self._ambient.new_uuid())
-            self._keeper.save(staged)
+            self._save_if_possible(staged)
         elif self._states.was_writing(staged.draft_id, staged.sequence):
-            staged.changed = staged.interrupted = True
+            staged.changed = staged.interrupted = staged.is_marked = True
             self._hold(staged, "backupfs ended while it was being written")
-        elif staged.changed:
-            staged.renamed = True  # a name it had when it was flushed is the name it was to have
-            self._decide(staged)
+        elif staged.changed and staged.state is not State.HELD:  # what is held stays so
+            # A rename that had returned had published; of any other nobody was told.
+            staged.renamed = not self._policy.publish_on_rename_only
+            self._decide_alone(staged)
 
     # -- helpers -----------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Makes staged files durable, with their own state, and finds them again at the next start.
 
-The caller holds the staged file's lock.
+The caller holds the staged file's lock, but for ``mark``.
 """
 
 from __future__ import annotations
@@ -22,26 +22,32 @@ class Keeper:
         self._events = events
 
     def flush(self, staged: StagedFile, *, interrupted: bool) -> None:
-        """A writer is done, as far as it is concerned: from here on a crash publishes or holds."""
+        """A writer is done, as far as it is concerned; where no other has written without a flush,
+        a crash publishes from here on."""
         staged.interrupted |= interrupted and staged.changed
         if not staged.draft.is_dirty and staged.is_saved and not staged.is_marked:
             if interrupted:
                 self.save(staged)
             return
-        staged.sequence += 1
+        if not staged.unflushed:
+            staged.sequence += 1
         self.persist(staged)
-        if staged.is_marked:
-            self._states.unmark_writing(staged.draft_id)
-            staged.is_marked = False
+        with staged.state_lock:
+            if staged.is_marked and not staged.unflushed:
+                self._states.unmark_writing(staged.draft_id)
+                staged.is_marked = False
+            elif staged.is_marked:  # one began meanwhile: an older mark would be void
+                self._states.mark_writing(staged.draft_id, staged.sequence)
 
     def mark(self, staged: StagedFile) -> None:
-        """A file is about to change: should the daemon die, the next one is to know."""
-        if staged.is_marked or staged.unlinked:
-            return
-        if not staged.is_saved:  # or nothing would tell that it was there
-            self.save(staged)
-        self._states.mark_writing(staged.draft_id, staged.sequence)
-        staged.is_marked = True
+        """A file changes: should the daemon die, the next one is to know."""
+        with staged.state_lock:
+            if staged.is_marked or staged.unlinked:
+                return
+            if not staged.is_saved:  # or nothing would tell that it was there
+                self.save(staged)
+            self._states.mark_writing(staged.draft_id, staged.sequence)
+            staged.is_marked = True
 
     def persist(self, staged: StagedFile) -> None:
         if staged.draft.error is not None:
@@ -56,9 +62,10 @@ class Keeper:
         self.save(staged)
 
     def save(self, staged: StagedFile) -> None:
-        if not staged.unlinked:
-            self._states.save(staged.to_state(staged.draft.saved))
-            staged.is_saved = True
+        with staged.state_lock:
+            if not staged.unlinked:
+                self._states.save(staged.to_state(staged.draft.saved))
+                staged.is_saved = True
 
 
 def load_staged(

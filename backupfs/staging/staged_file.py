@@ -40,6 +40,7 @@ class StagedFile:
         self.unlinked = False
         self.state = State.OPEN
         self.reason = ""
+        self.may_retry = False  # held for an error of publishing: the next start tries again
         self.settle_at: float | None = None  # on the monotonic clock
         self.stored_bytes = 0
         self.next_id = next_id
@@ -47,6 +48,8 @@ class StagedFile:
         self.changed_at = changed_at
         self.sequence = 0
         self.is_marked = False  # as being written, for the next start of the daemon
+        self.state_lock = threading.RLock()  # held while its state or mark is written
+        self.unflushed: set[int] = set()  # numbers of the handles that wrote since their last flush
         self.is_saved = False  # some durable state of it exists
 
     @classmethod
@@ -81,6 +84,11 @@ class StagedFile:
         return None if self.is_temporary else volume_of(self.name)
 
     @property
+    def wants_mark(self) -> bool:
+        """Whether a write must not be answered before the file is marked as being written."""
+        return not (self.is_marked or self.unlinked)
+
+    @property
     def size(self) -> int:
         return self.draft.size
 
@@ -98,8 +106,8 @@ class StagedFile:
             mtime_ns=self.mtime_ns,
             written=self.written,
             changed=self.changed,
-            interrupted=self.interrupted,
-            held=self.reason[:1000] if self.state is State.HELD else "",
+            interrupted=self.interrupted or self.left_partial or bool(self.failure),
+            held=self.reason[:1000] if self.state is State.HELD and not self.may_retry else "",
             stored_bytes=self.stored_bytes,
             next_id=self.next_id,
             published_id=self.published_id,

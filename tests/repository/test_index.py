@@ -112,6 +112,33 @@ def test_a_forgotten_pack_can_come_back(index):
     assert index.find(blob(5)) == at(1, 0)
 
 
+def test_gaps_are_filled_from_packs_that_stay(index):
+    index.add_pack(pack(1), entries(5, 6))
+    index.add_pack(pack(2), entries(6, 7))
+    index.forget_packs([pack(2)], leaves_gaps=True)
+    mark = index.gaps()
+    assert index.find_many([blob(5), blob(6), blob(7)]) == [at(1, 0), None, None]
+
+    index.fill_gaps(pack(1), entries(5, 6))
+    index.fill_gaps(pack(2), entries(6, 7))
+    index.close_gaps(mark)
+
+    assert index.find_many([blob(5), blob(6), blob(7)]) == [at(1, 0), at(1, 100), None]
+    assert index.gaps() is None
+
+
+def test_gaps_that_come_while_others_are_filled_stay_noted(index):
+    index.add_pack(pack(1), entries(5))
+    index.add_pack(pack(2), entries(6))
+    index.forget_packs([pack(1)], leaves_gaps=True)
+    mark = index.gaps()
+    index.forget_packs([pack(2)], leaves_gaps=True)
+
+    index.close_gaps(mark)
+
+    assert index.gaps() is not None
+
+
 def test_damage_is_remembered_until_the_blob_is_stored_again(index):
     index.add_pack(pack(1), entries(5, 6))
 
@@ -212,11 +239,8 @@ def test_what_was_in_use_when_the_host_ended_is_not_believed(folder, monkeypatch
 def test_opening_it_takes_the_mark_of_a_clean_end_away_first(folder, monkeypatch):
     """After a power cut the pages may be newer than the page that numbers the transaction."""
     make(folder)
-    subprocess.run(
-        [sys.executable, "-c", ADD_AND_DIE.replace("index.add_pack", "0 and index.add_pack")]
-        + [str(folder)],
-        check=False,
-    )
+    open_and_die = ADD_AND_DIE.replace("index.add_pack", "0 and index.add_pack")
+    subprocess.run([sys.executable, "-c", open_and_die, str(folder)], check=False)
 
     next_boot(monkeypatch, folder)
 

@@ -60,6 +60,7 @@ def make_parts(folder: Path, storage: LocalStorage, *, pack_size: int = PACK_SIZ
         ids=ids,
         index=index,
         chunk_size=CHUNK_SIZE,
+        avoided=avoided,
         refresh=lambda *, is_known: refresh_index(storage, ids, index),
     )
     reader.attach(packer)

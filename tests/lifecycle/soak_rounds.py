@@ -1,0 +1,247 @@
+"""The soak: rounds of real programs on a mounted repository, with kills, compared with a model.
+
+Each round draws an action for some volumes, runs them at once, perhaps beside a gc, perhaps killing
+the daemon, gc or a command at a random moment; then starts what is dead, and compares all that is
+there with what the actions promised. Draws depend on the seed and the round's number alone; when
+exactly a kill hits does not, so a failure may take several runs to show again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from command_server import CommandServer
+from lifecycle_mount import Site, is_alive, kill_and_wait, memory_peak, site_in
+from soak_actions import Action, Lane
+from soak_model import Broken, Found, Kept, Model
+
+VOLUMES = (
+    *(("web01", ".img"), ("db", ".raw"), ("mail", ""), ("pool/disk-0", ".img")),
+    *(("pool/disk-1", ".raw"), ("a name with blanks", ".img")),
+)
+LANES_MAX = 4  # at once
+KILL_SECONDS = (0.0005, 0.4)
+MOUNT_OPTIONS = ("", "", "umask=077", "settle=1")
+CHECK_ROUNDS = 10  # everything is read and verified after so many
+PROGRESS_SECONDS = 10.0
+
+
+class Soak:
+    """One repository and the model of it."""
+
+    def __init__(self, site: Site, seed: int) -> None:
+        self._site = site
+        self._seed = seed
+        self._model = Model()
+        self._lanes = [Lane(site, volume, suffix) for volume, suffix in VOLUMES]
+        self.rounds = 0
+        self.counts: Counter[str] = Counter()
+        self.memory_peak = 0
+        self._plan: list[str] = []
+
+    def start(self) -> None:
+        self._site.init("--chunk-size", "16K")
+        self._site.mount()
+        (self._site.staging / "pool").mkdir()
+
+    def run_round(self) -> None:
+        """One round. Raises: Broken."""
+        self.rounds += 1
+        rng = random.Random(f"{self._seed}-{self.rounds}")
+        actions = self._draw(rng)
+        self._plan = [action.promise.what for action in actions]
+        number = rng.choices((0, signal.SIGKILL, signal.SIGTERM), (5, 4, 1))[0]
+        daemon = self._site.daemon()
+        killer = threading.Thread(target=self._kill, args=(daemon, number, moment(rng)))
+        threads = [
+            threading.Thread(target=action.run, args=(self._site, self._own_kill(rng)))
+            for action in actions
+        ]
+        if rng.random() < 0.3:
+            threads.append(threading.Thread(target=self._gc, args=(self._own_kill(rng),)))
+        if number:
+            threads.append(killer)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(180)
+            if thread.is_alive():
+                raise Broken(f"something hangs: {self._plan}")
+        self._start_again(rng, is_killed=bool(number))
+        self._settle(actions, is_killed=bool(number))
+        if self.rounds % CHECK_ROUNDS == 0:
+            self.check_all()
+
+    def check_all(self) -> None:
+        """Every backup has its content, verify is clean, and nothing is left behind."""
+        for backup_id, backup in self._model.backups.items():
+            if self._read(backup_id) != backup.content:
+                raise Broken(f"backup {backup_id} of {backup.volume} reads other than it was")
+        ended = self._site.command("verify", check=False)
+        if ended.returncode:
+            raise Broken(f"verify: {ended.stdout}{ended.stderr}")
+        states = list((self._site.repo / "drafts").glob("*/*.msgpack"))
+        if len(states) != len(self._model.heads):
+            raise Broken(f"{len(states)} states of {len(self._model.heads)} staged files")
+        self.memory_peak = max(self.memory_peak, memory_peak(self._site.daemon()))
+
+    def describe(self) -> str:
+        counts = ", ".join(f"{count} {what}" for what, count in self.counts.most_common())
+        return f"{self.rounds} rounds: {counts}"
+
+    def plan(self) -> str:
+        return f"seed {self._seed}, round {self.rounds}: {'; '.join(self._plan)}"
+
+    # -- parts of a round --------------------------------------------------------------------------
+
+    def _draw(self, rng: random.Random) -> list[Action]:
+        lanes = rng.sample(self._lanes, rng.randint(1, LANES_MAX))
+        return [lane.draw(self._model, rng) for lane in lanes]
+
+    def _own_kill(self, rng: random.Random) -> float | None:
+        return moment(rng) if rng.random() < 0.15 else None
+
+    def _kill(self, daemon: int, number: int, seconds: float) -> None:
+        time.sleep(seconds)
+        kill_and_wait(daemon, number)
+        self.counts["daemons killed" if number == signal.SIGKILL else "daemons ended"] += 1
+
+    def _gc(self, kill_after: float | None) -> None:
+        self._model.gc_ran()
+        command = self._site.begin("gc")
+        if kill_after is not None and not command.ended.wait(kill_after):
+            command.kill()
+            self.counts["gc killed"] += 1
+        elif command.wait() != 0:
+            raise Broken(f"gc: {command.err()}")
+        else:
+            self.counts["gc"] += 1
+
+    def _start_again(self, rng: random.Random, *, is_killed: bool) -> None:
+        if not is_killed and rng.random() < 0.05:
+            self._site.unmount()
+            self.counts["remounts"] += 1
+            is_killed = True
+        if is_killed:
+            self._site.mount(rng.choice(MOUNT_OPTIONS))
+
+    def _settle(self, actions: list[Action], *, is_killed: bool) -> None:
+        for action in actions:
+            promise = action.promise
+            self.counts[promise.what.split(" ")[0]] += 1
+            self.counts["cut short"] += not promise.is_done
+            if not (promise.is_done or is_killed or action.is_killed or promise.may_fail):
+                raise Broken(f"failed without a reason: {promise.what}")
+            if action.restores is not None and promise.is_done:
+                path, expected = action.restores
+                if path.read_bytes() != expected:
+                    raise Broken(f"{promise.what} gave other bytes")
+        for lane in self._lanes:
+            lane.tidy()
+        self._model.settle([action.promise for action in actions], self._find())
+        for action in actions:
+            exported = action.promise.exported
+            if exported is not None and action.promise.is_done:
+                lane = next(lane for lane in self._lanes if lane.volume == action.promise.volume)
+                backup = self._model.backups[exported]
+                record = lane.exported_record(exported)
+                self._model.kept[exported] = Kept(backup.volume, backup.content, record)
+
+    # -- what is there -----------------------------------------------------------------------------
+
+    def _find(self) -> Found:
+        os.listdir(self._site.volumes)  # waits for what is being published
+        listed = {item["id"]: (item["volume"], item["name"]) for item in self._site.listed("list")}
+        shown = {name.partition(".")[0] for name in os.listdir(self._site.backups)}
+        if shown != listed.keys():
+            # Commands of this round may have done what the mount shows within two seconds.
+            time.sleep(2)
+            shown = {name.partition(".")[0] for name in os.listdir(self._site.backups)}
+        if shown != listed.keys():
+            raise Broken(f"the mount shows {shown}, the repository has {listed.keys()}")
+        heads = {name: (self._site.staging / name).read_bytes() for name in self._staged_names()}
+        held = {name: draft["reason"] for name, draft in self._site.drafts().items()}
+        return Found(listed, heads, held, self._read)
+
+    def _staged_names(self) -> Iterator[str]:
+        for folder, _, names in os.walk(self._site.staging):
+            for name in names:
+                yield str((Path(folder) / name).relative_to(self._site.staging))
+
+    def _read(self, backup_id: str) -> bytes:
+        try:
+            return (self._site.backups / f"{backup_id}.img").read_bytes()
+        except OSError as error:
+            raise Broken(f"backup {backup_id} cannot be read: {error}") from error
+
+
+def moment(rng: random.Random) -> float:
+    """Seconds until a kill: as often in the first milliseconds as in the tenths after them."""
+    low, high = KILL_SECONDS
+    return float(low * (high / low) ** rng.random())
+
+
+def run(folder: Path, commands: CommandServer, *, seconds: float, seed: int, out: bool) -> Soak:
+    """Run for a while. Raises: Broken."""
+    with site_in(folder, commands, seconds=seconds + 300) as site:
+        site.may_log_errors = True
+        soak = Soak(site, seed)
+        soak.start()
+        deadline = time.monotonic() + seconds
+        told_at = time.monotonic()
+        try:
+            while time.monotonic() < deadline:
+                soak.run_round()
+                if out and time.monotonic() - told_at > PROGRESS_SECONDS:
+                    print(soak.describe(), flush=True)
+                    told_at = time.monotonic()
+            soak.check_all()
+        except BaseException:
+            print(f"failed in {soak.plan()}", file=sys.stderr)
+            print(site.log_text()[-6000:], file=sys.stderr)
+            if out and is_alive(site.daemon()):
+                kept = tempfile.mkdtemp(prefix="backupfs-soak-")
+                shutil.copytree(site.repo, Path(kept) / "repo")
+                print(f"the repository is kept in {kept}", file=sys.stderr)
+            raise
+        return soak
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=None, help="default: another one each time")
+    parser.add_argument("--work", type=Path, default=None, help="folder for the repository")
+    arguments = parser.parse_args()
+    seed = (
+        arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(1 << 32)
+    )
+    print(f"seed {seed}, {arguments.minutes:g} minutes", flush=True)
+    folder = Path(tempfile.mkdtemp(prefix="backupfs-soak-", dir=arguments.work))
+    commands = CommandServer(folder / "commands")
+    try:
+        soak = run(folder / "site", commands, seconds=arguments.minutes * 60, seed=seed, out=True)
+    except Broken as error:
+        print(f"broken: {error}", file=sys.stderr)
+        return 1
+    finally:
+        commands.close()
+        shutil.rmtree(folder, ignore_errors=True)
+    print(soak.describe())
+    print(f"most memory of a daemon: {soak.memory_peak >> 20} MiB; nothing is broken")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
