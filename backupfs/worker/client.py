@@ -6,6 +6,7 @@ Starts nothing of the engine. Waits only in ways that eventlet knows: on sockets
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import subprocess
 import sys
@@ -19,10 +20,14 @@ from backupfs.reports import ImageSource, ImageTarget
 from backupfs.worker import frames
 from backupfs.worker.frames import Channel, Disconnected
 
+log = logging.getLogger(__name__)
+
 # A worker whose connection is closed has this long to tidy up before it is killed; what it leaves
 # then is garbage for gc.
 END_SECONDS_MAX = 5.0
 END_POLL_SECONDS = 0.01
+# One that hangs in the kernel, on a network file system say, ends when that lets it.
+KILL_SECONDS_MAX = 10.0
 # What a verb without an image may take beyond its waiting for locks.
 ANSWER_SECONDS_MAX = 600.0
 
@@ -70,13 +75,23 @@ class Worker:
         self.close()
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
+        """End the process, whatever it is doing; waits for that ``END_SECONDS_MAX``, then
+        ``KILL_SECONDS_MAX``."""
         self._channel.close()
+        if not self._has_ended(END_SECONDS_MAX):
+            self._process.kill()
+            if not self._has_ended(KILL_SECONDS_MAX):
+                log.warning("worker process %d hangs; it was killed", self._process.pid)
+
+    def _has_ended(self, seconds_max: float) -> bool:
+        """Whether the process ends within that time."""
         started = self._ambient.monotonic()
         while self._process.poll() is None:
-            if self._ambient.monotonic() - started > END_SECONDS_MAX:
-                self._process.kill()
+            if self._ambient.monotonic() - started > seconds_max:
+                return False
+            # Not Popen.wait: this sleep is one that eventlet replaces, for others to go on.
             self._ambient.sleep(END_POLL_SECONDS)
+        return True
 
     # -- requests --------------------------------------------------------------------------------
 
