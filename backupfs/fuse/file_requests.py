@@ -61,6 +61,8 @@ class FileRequests(Requests):
             )
             # direct_io takes 1 MiB at a time; who may mmap for writing needs the page cache.
             return self._opened(StagedWriter(handle, ctx.pid), direct=_is_write_only(flags))
+        if entry.kind is Kind.RECORD and self._service.catalogue.get(entry.key) is None:
+            raise FUSEError(errno.ESTALE)  # deleted just now: the kernel looks its name up again
         if writing:
             return await self._open_text_writer(entry, bool(flags & os.O_TRUNC))
         if entry.kind is Kind.BACKUP:

@@ -20,6 +20,8 @@ from backupfs.fuse.requests import Requests, answered, staged_entry, text_of
 from backupfs.staging.drafts import PUBLISH_ATTRIBUTE
 from backupfs.staging.lifecycle import is_temporary
 
+_TAKES_ATTRIBUTES = {Kind.STAGING, Kind.BACKUPS, Kind.SIDECAR, Kind.RECORD, Kind.METADATA}
+
 
 class NameRequests(Requests):
     """Handlers that open no file."""
@@ -39,7 +41,10 @@ class NameRequests(Requests):
 
     @answered
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
-        return await self._stat(self._entry(inode))
+        attributes = await self._stat_or_none(self._entry(inode))
+        if attributes is None:
+            raise FUSEError(errno.ESTALE)  # deleted just now: the kernel looks its name up again
+        return attributes
 
     @answered
     async def setattr(
@@ -56,8 +61,8 @@ class NameRequests(Requests):
             await self._set_staged(entry, attr, fields, handle)
         elif isinstance(handle, TextWriter) and fields.update_size:
             handle.truncate(attr.st_size)
-        elif entry.kind in (Kind.SIDECAR, Kind.RECORD, Kind.METADATA, Kind.STAGING):
-            pass  # "cp -p" and "cp -a" set mode and times of what they copied in
+        elif entry.kind in _TAKES_ATTRIBUTES and not fields.update_size:
+            pass  # "cp -p" and "rsync -a" set mode and times of what they copied in
         else:
             raise FUSEError(errno.EPERM)
         return await self._stat(entry)

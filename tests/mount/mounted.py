@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from backupfs.service import init
+
 MIB = 1 << 20
 CHUNK_SIZE = 64 << 10
 COMMAND = [sys.executable, "-m", "backupfs.cli.main"]
@@ -91,7 +93,7 @@ class Mounted:
         self.expects_errors = False  # in the daemon's log
         self._started: list[subprocess.Popen[bytes]] = []
         self.path.mkdir()
-        run(*COMMAND, "init", self.repo)
+        init(str(self.repo))
 
     # -- the mount -----------------------------------------------------------------------------
 
