@@ -106,33 +106,7 @@ class BackupDriver:
             SourceFailed: the same, as ``volume_file`` failed; the cause is chained.
         """
         source = VolumeSource(volume_file, str(_field(backup, "volume_id")))
-        self.take(backup, source, with_metadata=backup_metadata)
-
-    def take(
-        self,
-        backup: Any,
-        source: ImageSource,
-        *,
-        with_metadata: bool = False,
-        metadata: dict[str, Any] | None = None,
-        cancelled: Callable[[], bool] = never,
-    ) -> Record:
-        """``backup`` from any source; ``metadata``, if given, go into it in place of those kept.
-
-        Raises: what ``backup`` does; Cancelled.
-        """
-        volume = _volume_name(_field(backup, "volume_id"))
-        return self.service.backup(
-            source,
-            volume=volume,
-            parent=_backup_id(_field(backup, "parent_id")),
-            backup_id=str(_field(backup, "id")),
-            data_timestamp=_moment(_field(backup, "data_timestamp")),
-            description=_description(backup),
-            with_metadata=with_metadata,
-            metadata=metadata,
-            cancelled=cancelled,
-        )
+        take(self.service, backup, source, with_metadata=backup_metadata)
 
     def restore(self, backup: Any, volume_id: str, volume_file: VolumeFile) -> None:
         """Write the backup's image over the start of ``volume_file``, zeros included; durable on
@@ -145,25 +119,16 @@ class BackupDriver:
             DamageError, TargetFailed, StorageError: the volume is not complete.
         """
         volume = _volume_name(volume_id)
-        record = self.give(backup, VolumeTarget(volume_file, volume))
+        record = give(self.service, backup, VolumeTarget(volume_file, volume))
         if record.metadata:
             self.service.put_metadata(volume, record.metadata)
-
-    def give(self, backup: Any, target: ImageTarget) -> Record:
-        """Write the backup's image to any target; nobody's metadata change.
-
-        Raises: BackupNotFound, DamageError, TargetFailed, StorageError.
-        """
-        record = self._existing(backup)
-        self.service.restore(record, target)
-        return record
 
     def delete_backup(self, backup: Any) -> None:
         """Delete a backup; one that is gone, or was never completed, is no error.
 
         Raises: StorageError.
         """
-        record = self._find(backup)
+        record = _find(self.service, backup)
         if record is not None:
             with suppress(BackupNotFound):
                 self.service.delete(record)
@@ -172,7 +137,7 @@ class BackupDriver:
 
     def export_record(self, backup: Any) -> dict[str, Any]:
         """What ``import_record`` needs, of types that JSON has. Raises: BackupNotFound."""
-        record = self._existing(backup)
+        record = _existing(self.service, backup)
         return {
             RECORD_KEY: base64.b64encode(self.service.export_record(record)).decode(),
             "id": record.backup_id,
@@ -205,23 +170,62 @@ class BackupDriver:
                 self.service.delete(outcome.record)
             raise InvalidRecord(reason=f"it is not the record of backup {expected}")
 
-    # -- helpers ---------------------------------------------------------------------------------
 
-    def _existing(self, backup: Any) -> Record:
-        record = self._find(backup)
-        if record is None:
-            raise BackupNotFound(selector=_field(backup, "id"))
-        return record
+# -- with any source or target ---------------------------------------------------------------------
 
-    def _find(self, backup: Any) -> Record | None:
-        """The backup as it is now, whoever changed the repository; None where there is none."""
-        backup_id = _backup_id(_field(backup, "id"))
-        if backup_id is None:
-            return None
-        self.service.refresh()
-        with suppress(BackupNotFound):
-            return self.service.resolve(backup_id)
+
+def take(
+    service: Service,
+    backup: Any,
+    source: ImageSource,
+    *,
+    with_metadata: bool = False,
+    metadata: dict[str, Any] | None = None,
+    cancelled: Callable[[], bool] = never,
+) -> Record:
+    """Make ``backup`` from ``source``; ``metadata``, if given, go into it in place of those kept.
+
+    Raises: what ``BackupDriver.backup`` does; Cancelled.
+    """
+    return service.backup(
+        source,
+        volume=_volume_name(_field(backup, "volume_id")),
+        parent=_backup_id(_field(backup, "parent_id")),
+        backup_id=str(_field(backup, "id")),
+        data_timestamp=_moment(_field(backup, "data_timestamp")),
+        description=_description(backup),
+        with_metadata=with_metadata,
+        metadata=metadata,
+        cancelled=cancelled,
+    )
+
+
+def give(service: Service, backup: Any, target: ImageTarget) -> Record:
+    """Write the image of ``backup`` to ``target``; nobody's metadata change.
+
+    Raises: BackupNotFound, DamageError, TargetFailed, StorageError.
+    """
+    record = _existing(service, backup)
+    service.restore(record, target)
+    return record
+
+
+def _existing(service: Service, backup: Any) -> Record:
+    record = _find(service, backup)
+    if record is None:
+        raise BackupNotFound(selector=_field(backup, "id"))
+    return record
+
+
+def _find(service: Service, backup: Any) -> Record | None:
+    """The backup as it is now, whoever changed the repository; None where there is none."""
+    backup_id = _backup_id(_field(backup, "id"))
+    if backup_id is None:
         return None
+    service.refresh()
+    with suppress(BackupNotFound):
+        return service.resolve(backup_id)
+    return None
 
 
 # -- fields of a backup ----------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from backupfs.driver import BackupDriver
+from backupfs.driver import BackupDriver, give, take
 from backupfs.errors import BackupfsError, Cancelled, StorageUnavailable
 from backupfs.service import Record
 from backupfs.types import Buffer
@@ -62,7 +62,7 @@ def _check(driver: BackupDriver, _request: dict[str, Any], _channel: Channel) ->
 def _backup(driver: BackupDriver, request: dict[str, Any], channel: Channel) -> dict[str, Any]:
     backup, metadata = request["backup"], request["metadata"]
     source = _ReceivedSource(channel, str(backup["volume_id"]))
-    record = driver.take(backup, source, metadata=metadata, cancelled=source.is_unwanted)
+    record = take(driver.service, backup, source, metadata=metadata, cancelled=source.is_unwanted)
     if metadata is not None:
         _keep_metadata(driver, record, metadata)
     return _answer(record)
@@ -79,7 +79,7 @@ def _keep_metadata(driver: BackupDriver, record: Record, metadata: dict[str, Any
 
 def _restore(driver: BackupDriver, request: dict[str, Any], channel: Channel) -> dict[str, Any]:
     target = _SendingTarget(channel, str(request["backup"]["id"]))
-    return _answer(driver.give(request["backup"], target))
+    return _answer(give(driver.service, request["backup"], target))
 
 
 def _delete(driver: BackupDriver, request: dict[str, Any], _channel: Channel) -> dict[str, Any]:
