@@ -161,8 +161,10 @@ class Worker:
     def _answered(self, frame: frames.Frame) -> dict[str, Any]:
         answer = frame.document()
         if frame.kind == frames.REFUSAL:
-            self.may_have_published = False
-            raise _error_of(answer)
+            error = _error_of(answer)
+            # Where the record was to be written last, this one leaves open whether it was.
+            self.may_have_published &= isinstance(error, StorageUnavailable)
+            raise error
         return answer
 
     def _give_up_late(self) -> None:
