@@ -17,6 +17,7 @@ import pytest
 from support.images import noise
 
 from backupfs.errors import (
+    BackupfsError,
     BackupNotFound,
     InvalidOption,
     LockTimeout,
@@ -138,6 +139,18 @@ def test_what_is_raised_before_the_end_leaves_no_backup(location):
         worker.backup(new_backup(), source, metadata=None, before_end=refuse)
 
     assert ids(location) == []
+
+
+@pytest.mark.parametrize(("error", "is_open"), [("StorageUnavailable", True), ("Busy", False)])
+def test_only_a_failing_storage_leaves_open_whether_there_is_a_backup(location, error, is_open):
+    """A record whose acknowledgement was lost may be there: who made it must take it back."""
+    told = {"error": error, "fields": {"reason": "lost"}, "text": "lost"}
+    with Worker(location, lock_seconds_max=5) as worker:
+        worker.may_have_published = True
+        with pytest.raises(BackupfsError):
+            worker._answered(frames.document(frames.REFUSAL, told))
+
+    assert worker.may_have_published == is_open
 
 
 def test_killed_worker_is_an_error(location):
