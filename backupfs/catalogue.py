@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from backupfs.errors import CorruptObject, ObjectNotFound
 from backupfs.format.names import order_of
-from backupfs.format.record import RECORDS_PREFIX, Record
-from backupfs.repository.records import RecordStore
+from backupfs.format.record import RECORDS_PREFIX, Record, record_name
+from backupfs.repository.records import UNREADABLE, RecordStore, as_damage
 from backupfs.storage.local import LocalStorage
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,10 @@ class Catalogue:
         self._subscribers: list[Callable[[Change], None]] = []
 
     def subscribe(self, callback: Callable[[Change], None]) -> None:
-        """Have ``callback`` called after each change, by whichever thread made it."""
+        """Have ``callback`` called at each change, in order, by whichever thread made it.
+
+        It must be quick and take no lock that is held while the catalogue is asked.
+        """
         self._subscribers.append(callback)
 
     def refresh(self) -> None:
@@ -70,7 +73,7 @@ class Catalogue:
             for record in removed:
                 self._remove(record)
             self._mark = mark
-        self._tell(Change(tuple(added), tuple(removed)))
+            self._tell(Change(tuple(added), tuple(removed)))
 
     def add(self, record: Record) -> None:
         """A backup was published by this process."""
@@ -78,7 +81,7 @@ class Catalogue:
             if record.backup_id in self._by_id:
                 return
             self._insert(record)
-        self._tell(Change(added=(record,)))
+            self._tell(Change(added=(record,)))
 
     def remove(self, record: Record) -> None:
         """A backup was deleted by this process."""
@@ -86,7 +89,7 @@ class Catalogue:
             if record.backup_id not in self._by_id:
                 return
             self._remove(self._by_id[record.backup_id])
-        self._tell(Change(removed=(record,)))
+            self._tell(Change(removed=(record,)))
 
     def get(self, backup_id: str) -> Record | None:
         with self._lock:
@@ -136,13 +139,14 @@ class Catalogue:
             return self._records.get(backup_id)
         except ObjectNotFound:
             return None  # deleted since it was listed
-        except CorruptObject as error:
+        except UNREADABLE as error:
             if backup_id not in self._unreadable:
                 log.error("%s", error)
-            self._unreadable[backup_id] = error
+            self._unreadable[backup_id] = as_damage(record_name(backup_id), error)
             return None
 
     def _insert(self, record: Record) -> None:
+        self._unreadable.pop(record.backup_id, None)
         self._by_id[record.backup_id] = record
         bisect.insort(self._by_volume.setdefault(record.volume, []), record, key=_order)
 
@@ -156,4 +160,7 @@ class Catalogue:
     def _tell(self, change: Change) -> None:
         if change.added or change.removed:
             for callback in self._subscribers:
-                callback(change)
+                try:
+                    callback(change)
+                except Exception:  # the change has happened, whatever those who show it make of it
+                    log.exception("a change of the catalogue was not followed")

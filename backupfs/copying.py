@@ -101,8 +101,9 @@ def _read_ahead(image: Image) -> Iterator[tuple[int, list[ImageExtent]]]:
     coming: deque[tuple[int, Future[list[ImageExtent]]]] = deque()
     with ThreadPoolExecutor(RESTORE_READERS, thread_name_prefix="restore") as pool:
         try:
-            for offset in range(0, image.size, RESTORE_SIZE):
-                size = min(RESTORE_SIZE, image.size - offset)
+            step = max(RESTORE_SIZE, image.chunk_size)
+            for offset in range(0, image.size, step):
+                size = min(step, image.size - offset)
                 coming.append((size, pool.submit(image.extents, offset, size)))
                 if len(coming) > RESTORE_READERS:
                     size, extents = coming.popleft()

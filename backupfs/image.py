@@ -17,7 +17,7 @@ class Image:
     def __init__(self, reader: BlobReader, record: Record) -> None:
         self._reader = reader
         self._root = Root(record.root, record.height)
-        self._chunk_size = record.chunk_size
+        self.chunk_size = record.chunk_size
         self.size = record.size
 
     def read(self, offset: int, size: int) -> bytes:
@@ -62,8 +62,8 @@ class Image:
         chunks = iter(self._reader.chunks([blob_id for blob_id in ids if blob_id != HOLE]))
         found: list[ImageExtent] = []
         for place, blob_id in enumerate(ids):
-            start = (first + place) * self._chunk_size
-            length = min(self._chunk_size, end - start)
+            start = (first + place) * self.chunk_size
+            length = min(self.chunk_size, end - start)
             data = None if blob_id == HOLE else next(chunks)[:length]
             found.append((start, data, length))
         return found
@@ -71,9 +71,9 @@ class Image:
     def _range(self, offset: int, size: int) -> tuple[int, int, int, int]:
         """First chunk, count of chunks, offset within them, and size cut to the image."""
         size = max(0, min(size, self.size - offset))
-        first = offset // self._chunk_size
-        count = (offset + size - 1) // self._chunk_size - first + 1 if size else 0
-        return first, count, offset - first * self._chunk_size, size
+        first = offset // self.chunk_size
+        count = (offset + size - 1) // self.chunk_size - first + 1 if size else 0
+        return first, count, offset - first * self.chunk_size, size
 
 
 def _slice(chunks: list[bytes], start: int, size: int) -> bytes:

@@ -7,9 +7,10 @@ have one; a backup kept by any rule stays. Periods are those of UTC; weeks are I
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 
+from backupfs.errors import InvalidOption
 from backupfs.format.record import Record
 
 
@@ -23,6 +24,18 @@ class RetentionPolicy:
     weekly: int = 0
     monthly: int = 0
     yearly: int = 0
+
+
+def check_policy(policy: RetentionPolicy) -> None:
+    """Refuse a policy that would delete everything, or that cannot be meant.
+
+    Raises: InvalidOption.
+    """
+    for rule, count in asdict(policy).items():
+        if count < 0:
+            raise InvalidOption(option=f"keep {rule}", reason="a number from 0")
+    if not any(asdict(policy).values()):
+        raise InvalidOption(option="keep", reason="at least one rule must keep a backup")
 
 
 def _week(moment: datetime) -> str:

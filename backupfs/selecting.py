@@ -37,15 +37,15 @@ def _at(backups: list[Record], moment: str) -> list[Record]:
     """The backups that a timestamp, or the start of one, or "latest", stands for."""
     if moment in ("latest", LATEST_NAME):
         return backups[-1:]
-    with contextlib.suppress(ValueError):
+    plain = moment.removesuffix(".img")
+    named = [record for record in backups if record.name.removesuffix(".img") == plain]
+    if named:
+        return named
+    with contextlib.suppress(ValueError, OverflowError):
         exact = datetime.fromisoformat(moment)
         if "T" in moment and exact.tzinfo is not None:
             at = exact.astimezone(UTC).replace(microsecond=0)
             same = [record for record in backups if record.data_timestamp == at]
             if same:
                 return same
-    named = [record for record in backups if record.name.removesuffix(".img") == moment]
-    if named:
-        return named
-    plain = moment.removesuffix(".img")
     return [record for record in backups if plain and record.name.startswith(plain)]

@@ -7,8 +7,9 @@ FUSE, trio, click or Cinder. A verb that returns has made its effect durable.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from backupfs.ambient import Ambient
@@ -17,8 +18,8 @@ from backupfs.copying import back_up, never, restore
 from backupfs.errors import (
     BackupExists,
     BackupNotFound,
+    DamageError,
     InvalidName,
-    StorageUnavailable,
     VolumeNotFound,
 )
 from backupfs.format.config import (
@@ -27,7 +28,7 @@ from backupfs.format.config import (
     PACK_SIZE_DEFAULT,
     RepositoryConfig,
 )
-from backupfs.format.names import check_volume_name, volume_of
+from backupfs.format.names import check_volume_name
 from backupfs.format.record import (
     Description,
     Record,
@@ -51,9 +52,10 @@ from backupfs.reports import (
 from backupfs.repository import gc as garbage
 from backupfs.repository.metadata import check_metadata
 from backupfs.repository.rebuild import list_packs
+from backupfs.repository.records import as_damage
 from backupfs.repository.repository import Repository, init_repository
 from backupfs.repository.verify import Finding, Verification
-from backupfs.retention import RetentionPolicy, kept_ids
+from backupfs.retention import RetentionPolicy, check_policy, kept_ids
 from backupfs.selecting import select
 from backupfs.staging.area import StagingArea
 from backupfs.staging.drafts import (
@@ -88,6 +90,9 @@ __all__ = [
     "VerifyReport",
     "init",
 ]
+
+
+log = logging.getLogger(__name__)
 
 
 def init(
@@ -228,8 +233,9 @@ class Service:
         """Back ``source`` up as the next backup of ``volume``.
 
         ``parent`` is ``LATEST`` (the volume's latest backup), the id of a backup, or None for a
-        full one; a parent of another size, or one that is gone, gives a full backup as well.
-        ``metadata`` go into the backup in place of those that are kept for the volume.
+        full one; a parent of another size, or one that is gone, gives a full backup as well. A
+        ``data_timestamp`` without a zone is UTC. ``metadata``
+        go into the backup in place of those that are kept for the volume.
 
         Raises:
             InvalidName, InvalidMetadata, ImageTooLarge, BackupExists, SourceFailed, Cancelled,
@@ -239,9 +245,10 @@ class Service:
         if metadata is not None:
             check_metadata(metadata)
         elif with_metadata:
-            metadata = self.get_metadata(volume)
+            metadata = self._metadata_for_backup(volume)
         if backup_id is not None:
             backup_id = canonical_backup_id(backup_id)
+            self.catalogue.refresh()
             if self.catalogue.get(backup_id) is not None:
                 raise BackupExists(backup_id=backup_id)
         ambient = self.repository.ambient
@@ -249,7 +256,7 @@ class Service:
             volume=volume,
             parent=parent,
             backup_id=backup_id or ambient.new_uuid(),
-            data_timestamp=data_timestamp or ambient.now(),
+            data_timestamp=_aware(data_timestamp or ambient.now()),
             source_mtime_ns=source_mtime_ns,
             source_mode=source_mode,
             stored_bytes=0,
@@ -264,6 +271,14 @@ class Service:
             progress=progress,
             cancelled=cancelled,
         )
+
+    def _metadata_for_backup(self, volume: str) -> dict[str, Any] | None:
+        """A backup without its volume's metadata is better than none."""
+        try:
+            return self.get_metadata(volume) or None
+        except DamageError as error:
+            log.error("backed up without metadata: %s", error)
+            return None
 
     def restore(
         self,
@@ -288,7 +303,7 @@ class Service:
 
     def delete(self, record: Record) -> None:
         """Delete a backup; its space is free after gc. Raises: BackupNotFound, StorageError."""
-        if record.backup_id not in self.repository.records.ids():
+        if not self.repository.records.exists(record.backup_id):
             self.catalogue.refresh()
             raise BackupNotFound(selector=record.backup_id)
         self.repository.records.delete(record.backup_id)
@@ -299,13 +314,18 @@ class Service:
     ) -> PruneReport:
         """Delete what ``policy`` does not keep, volume by volume.
 
-        Raises: VolumeNotFound, StorageError (backups already deleted stay deleted).
+        Raises:
+            InvalidOption: a rule keeps less than nothing, or all together keep nothing.
+            VolumeNotFound, StorageError: backups already deleted stay deleted.
         """
+        check_policy(policy)
         kept: list[Record] = []
         deleted: list[Record] = []
         self.catalogue.refresh()
+        if volume is not None:
+            self.backups(volume)
         for name in [volume] if volume is not None else self.catalogue.volumes():
-            backups = self.backups(name)
+            backups = self.catalogue.backups(name)
             keep = kept_ids(backups, policy)
             for record in backups:
                 (kept if record.backup_id in keep else deleted).append(record)
@@ -338,10 +358,16 @@ class Service:
         With ``quick`` data are looked up but not read. Raises: StorageError.
         """
         self.catalogue.refresh()
-        chosen = self.catalogue.all() if records is None else list(records)
         run = Verification(self.repository, progress)
+        # Read again: what this process has in memory says nothing of the disk.
+        readable, unreadable = self.repository.records.get_all()
         if records is None:
-            run.note_objects(self.catalogue.unreadable())
+            chosen = sorted(readable.values(), key=lambda record: (record.volume, record.name))
+            run.note_objects([as_damage(*item) for item in unreadable.items()])
+        else:
+            chosen = list(records)
+            wanted = {record.object_name for record in chosen} & unreadable.keys()
+            run.note_objects([as_damage(name, unreadable[name]) for name in sorted(wanted)])
         run.run(chosen, quick=quick)
         return VerifyReport(
             backups_checked=len(chosen),
@@ -375,7 +401,11 @@ class Service:
         return ImportOutcome(record=record, already_there=already_there)
 
     def get_metadata(self, volume: str) -> dict[str, Any]:
-        """A volume's metadata, {} where none was put. Raises: CorruptObject, StorageError."""
+        """A volume's metadata, {} where none was put.
+
+        Raises: InvalidName, CorruptObject, StorageError.
+        """
+        _check_volume(volume)
         return self.repository.metadata.get(volume)
 
     def put_metadata(self, volume: str, metadata: dict[str, Any]) -> None:
@@ -411,12 +441,9 @@ class Service:
         """
         mountpoint = mountpoint_of(self.repository)
         if mountpoint is not None:
-            publish_through_mount(mountpoint, name)
+            backup_id = publish_through_mount(mountpoint, name)
             self.catalogue.refresh()
-            record = self.catalogue.latest(volume_of(name))
-            if record is None:
-                raise StorageUnavailable(reason="the mount published nothing")
-            return record
+            return self.resolve(backup_id)
         area = self.open_staging(Policy(publish_on_rename_only=True), mountpoint=None)
         try:
             return area.publish_now(name)
@@ -438,6 +465,10 @@ def _backup_hit(finding: Finding) -> str | None:
     if finding.record is not None:
         return finding.record.backup_id
     return backup_id_of(finding.object_name)
+
+
+def _aware(moment: datetime) -> datetime:
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
 
 
 def _check_volume(volume: str) -> None:

@@ -46,6 +46,14 @@ def _check_part(part: str) -> str:
     return ""
 
 
+def folders_of(path: str) -> list[str]:
+    """The folders that a path lies in, the innermost first."""
+    folders = []
+    while path := path.rpartition("/")[0]:
+        folders.append(path)
+    return folders
+
+
 def volume_of(staged: str) -> str:
     """The volume that a path below ``staging/`` is for: the path without one image suffix."""
     for suffix in IMAGE_SUFFIXES:

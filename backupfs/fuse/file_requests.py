@@ -17,7 +17,7 @@ from backupfs.fuse.handles import (
     TextWriter,
 )
 from backupfs.fuse.layout import RECORD_SUFFIX, Entry, Kind
-from backupfs.fuse.openers import was_killed
+from backupfs.fuse.openers import process_of, was_killed
 from backupfs.fuse.requests import Requests, answered, staged_entry, text_of
 from backupfs.service import Image
 from backupfs.staging.lifecycle import is_temporary
@@ -60,7 +60,9 @@ class FileRequests(Requests):
                 self._writable().open_write, entry.staged, truncate=bool(flags & os.O_TRUNC)
             )
             # direct_io takes 1 MiB at a time; who may mmap for writing needs the page cache.
-            return self._opened(StagedWriter(handle, ctx.pid), direct=_is_write_only(flags))
+            return self._opened(
+                StagedWriter(handle, process_of(ctx.pid)), direct=_is_write_only(flags)
+            )
         if entry.kind is Kind.RECORD and self._service.catalogue.get(entry.key) is None:
             raise FUSEError(errno.ESTALE)  # deleted just now: the kernel looks its name up again
         if writing:

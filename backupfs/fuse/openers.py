@@ -1,4 +1,4 @@
-"""Whether the program that opened a file was killed: the kernel notes it in its task's flags.
+"""Whether the program that opened a file was killed: the kernel notes it in its tasks' flags.
 
 proc(5), /proc/PID/stat, field 9; the flag is PF_SIGNALED of include/linux/sched.h. A process of
 another namespace, or one that is gone, is unknown, which is no evidence.
@@ -6,18 +6,42 @@ another namespace, or one that is gone, is unknown, which is no evidence.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 PF_SIGNALED = 0x400
 _FLAGS_AFTER_NAME = 6  # field 9, counted from the state, field 3
 
 
+def process_of(task_id: int) -> int:
+    """The process of a task: requests name the thread, which may end before its process does."""
+    if task_id <= 0:
+        return 0
+    try:
+        lines = Path(f"/proc/{task_id}/status").read_bytes().splitlines()
+    except OSError:
+        return task_id
+    for line in lines:
+        name, _, value = line.partition(b":")
+        if name == b"Tgid" and value.strip().isdigit():
+            return int(value)
+    return task_id
+
+
 def was_killed(process_id: int) -> bool:
-    """Whether a process is ending because of a signal. Quick: reads one line of procfs."""
+    """Whether a process is ending because of a signal. Quick: reads some lines of procfs."""
     if process_id <= 0:
         return False
     try:
-        line = Path(f"/proc/{process_id}/stat").read_bytes()
+        tasks = os.listdir(f"/proc/{process_id}/task")
+    except OSError:
+        return False
+    return any(_is_signaled(Path(f"/proc/{process_id}/task/{task}/stat")) for task in tasks)
+
+
+def _is_signaled(path: Path) -> bool:
+    try:
+        line = path.read_bytes()
     except OSError:
         return False
     # The name, field 2, may hold anything, parentheses too: the last one ends it.

@@ -17,7 +17,8 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FUSEError, RequestContext
 
-from backupfs.errors import BackupfsError
+from backupfs.errors import BackupfsError, DamageError
+from backupfs.format.names import PART_SIZE_MAX
 from backupfs.fuse import handles
 from backupfs.fuse.attributes import Attributes
 from backupfs.fuse.errno_table import errno_of
@@ -29,6 +30,7 @@ from backupfs.fuse.handles import (
 )
 from backupfs.fuse.inodes import Inodes
 from backupfs.fuse.layout import Entry, Kind, Layout
+from backupfs.fuse.openers import process_of
 from backupfs.fuse.texts import Texts
 from backupfs.fuse.threads import Threads
 from backupfs.service import Service, StagingArea
@@ -123,11 +125,17 @@ class Requests(pyfuse3.Operations):
         elif entry.kind in _MADE:
             if entry.kind is Kind.RECORD and self._service.catalogue.get(entry.key) is None:
                 return None
-            text_size = len(await self._content(entry))
+            text_size = await self._text_size(entry)
         attributes = self._attributes.of(entry, text_size=text_size)
         if attributes is None and entry.kind is Kind.BACKUP:
             return self._stat_removed(entry)
         return attributes
+
+    async def _text_size(self, entry: Entry) -> int:
+        try:
+            return len(await self._content(entry))
+        except DamageError:
+            return 0  # reading says what is wrong; it can be removed, and written anew
 
     def _stat_removed(self, entry: Entry) -> EntryAttributes | None:
         """A backup without a name is a file as long as somebody has it open."""
@@ -189,7 +197,7 @@ class Requests(pyfuse3.Operations):
             uid=ctx.uid,
             gid=ctx.gid,
         )
-        return StagedWriter(handle, ctx.pid)
+        return StagedWriter(handle, process_of(ctx.pid))
 
     async def _take_in(self, writer: TextWriter) -> None:
         """A small file was closed: check it and keep it, or say why not."""
@@ -209,6 +217,8 @@ class Requests(pyfuse3.Operations):
 
 
 def text_of(name: bytes) -> str:
+    if len(name) > PART_SIZE_MAX:
+        raise FUSEError(errno.ENAMETOOLONG)
     try:
         return name.decode()
     except UnicodeDecodeError:

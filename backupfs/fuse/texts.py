@@ -76,6 +76,9 @@ class Texts:
             "volumes": len(catalogue.volumes()),
             "backups": len(catalogue.all()),
             "unreadable_records": [str(error) for error in catalogue.unreadable()],
+            "unreadable_drafts": [str(error) for error in self._area.unreadable]
+            if self._area
+            else [],
             "drafts": [] if self._area is None else list(_drafts(self._area)),
         }
 

@@ -103,7 +103,7 @@ class ChunkStore:
         return StoredBatch(ids=ids, added_size=self._append(missing, wanted, level))
 
     def _not_indexed(self, blob_ids: list[BlobId]) -> list[BlobId]:
-        locations = self._index.find_many(blob_ids)
+        locations = self._index.find_usable(blob_ids)
         return [
             blob_id
             for blob_id, location in zip(blob_ids, locations, strict=True)

@@ -27,6 +27,7 @@ from backupfs.repository.sessions import (
     Plan,
     SessionWatch,
     encode_plan,
+    gc_lock_path,
     plan_name,
 )
 from backupfs.storage.locks import FileLock, holder, try_lock
@@ -77,7 +78,7 @@ def collect(repository: Repository, progress: Progress) -> Collected:
 
 
 def _take_lock(repository: Repository, reserve: _Reserve) -> FileLock:
-    path = repository.folder / "locks" / "gc"
+    path = gc_lock_path(repository.folder)
     try:
         lock = try_lock(path)
     except StorageFull:
@@ -155,9 +156,9 @@ class _Run:
         marker.mark(
             draft_roots(repository.folder, repository.ids, chunk_size=repository.config.chunk_size)
         )
-        records, damage = repository.records.get_all()
-        if damage:
-            raise damage[0]
+        records, unreadable = repository.records.get_all()
+        if unreadable:
+            raise next(iter(unreadable.values()))
         marker.mark(Root(record.root, record.height) for record in records.values())
         if marker.reached.missing:
             log.warning("%d blobs are missing (see verify)", len(marker.reached.missing))

@@ -85,9 +85,20 @@ class Index:
 
     def find_many(self, blob_ids: Sequence[BlobId]) -> list[BlobLocation | None]:
         """Where each blob lies, or None; in order."""
+        return self._find(blob_ids, with_damaged=True)
+
+    def find_usable(self, blob_ids: Sequence[BlobId]) -> list[BlobLocation | None]:
+        """The same for who means to rely on it: None also where a blob is marked as damaged."""
+        return self._find(blob_ids, with_damaged=False)
+
+    def _find(self, blob_ids: Sequence[BlobId], *, with_damaged: bool) -> list[BlobLocation | None]:
         with self._environment.begin() as transaction:
             pack_ids = self._known_packs(transaction)
             found = [transaction.get(blob_id[:KEY_SIZE], db=self._blobs) for blob_id in blob_ids]
+            if not with_damaged and transaction.stat(self._damaged)["entries"]:
+                for place, blob_id in enumerate(blob_ids):
+                    if transaction.get(blob_id, db=self._damaged) is not None:
+                        found[place] = None
         locations: list[BlobLocation | None] = []
         for value in found:
             location = None
@@ -326,8 +337,12 @@ def _make_ready(folder: Path) -> None:
     if not _survived_boot(folder):
         _discard(folder)
     try:
-        _environment(folder).close()
+        environment = _environment(folder)
+        is_whole = _is_whole(folder, environment)
+        environment.close()
     except lmdb.Error:
+        is_whole = False
+    if not is_whole:
         log.warning("the index in %s cannot be read and is made anew", folder)
         _discard(folder)
     # Before anything is written: what a power cut leaves of later pages must not pass as clean.
@@ -352,6 +367,13 @@ def _environment(folder: Path) -> Any:
         except (lmdb.MemoryError, MemoryError):
             log.info("no address space for an index of %d bytes", map_size)
     raise StorageUnavailable(reason="no address space for the index")
+
+
+def _is_whole(folder: Path, environment: Any) -> bool:
+    """Whether the file has all its pages: looking at one that was cut off would end the process."""
+    size = (folder / f"index-{VERSION}").stat().st_size
+    pages = environment.info()["last_pgno"] + 1
+    return bool(size >= pages * environment.stat()["psize"])
 
 
 def _map_sizes() -> Iterator[int]:

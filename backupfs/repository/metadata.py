@@ -1,7 +1,7 @@
 """A volume's metadata: a JSON object, kept by generation; the highest one counts.
 
-Each put writes a new object and then deletes older ones, so that a crash leaves the old or the
-new, never neither. Layout in docs/format.md, "Metadata".
+Each put writes a new object and then deletes all but it and the one before, so that a crash, or a
+look meanwhile, finds the old or the new, never neither. Layout in docs/format.md, "Metadata".
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from backupfs.types import ObjectName
 
 METADATA_PREFIX = "metadata/"
 VERSION = 1
+# What a program on the way may not recurse into is refused when it is put, not at each backup.
+DEPTH_MAX = 64
 OBJECT_SIZE_MAX = METADATA_SIZE_MAX + 16384
 
 
@@ -25,6 +27,8 @@ def check_metadata(metadata: Any) -> str:
     """The text a volume's metadata is kept as. Raises: InvalidMetadata."""
     if not isinstance(metadata, dict):
         raise InvalidMetadata(reason="it must be a JSON object")
+    if _is_deeper(metadata, DEPTH_MAX):
+        raise InvalidMetadata(reason=f"it is nested more than {DEPTH_MAX} deep")
     try:
         text = json.dumps(metadata, sort_keys=True, allow_nan=False)
         size = len(text.encode())
@@ -33,6 +37,15 @@ def check_metadata(metadata: Any) -> str:
     if size > METADATA_SIZE_MAX:
         raise InvalidMetadata(reason=f"{size} bytes, more than {METADATA_SIZE_MAX}")
     return text
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    if not isinstance(value, (dict, list, tuple)):
+        return False
+    if not levels:
+        return True
+    items = value.values() if isinstance(value, dict) else value
+    return any(_is_deeper(item, levels - 1) for item in items)
 
 
 class MetadataStore:
@@ -69,21 +82,30 @@ class MetadataStore:
                 break
             except ObjectExists:
                 continue  # another process took this generation
-        for old in sorted(older):
+        # The one before stays: a listing under way may pass over what is put and deleted meanwhile.
+        for old in sorted(older)[:-1]:
             self._storage.delete(self._name(volume, old))
 
-    def _generations(self, volume: str) -> list[int]:
+    def _generations(self, volume: str) -> set[int]:
+        """The generations that exist, as two listings in a row agree."""
+        before = None
+        while (found := self._listed(volume)) != before:
+            before = found
+        return found
+
+    def _listed(self, volume: str) -> set[int]:
         prefix = self._prefix(volume)
-        found = []
+        found = set()
         for info in self._storage.list(prefix):
             stem = info.name.removeprefix(prefix).removesuffix(".msgpack")
             if stem.isdecimal() and len(stem) == 12:
-                found.append(int(stem))
+                found.add(int(stem))
         return found
 
     def _read(self, volume: str, generation: int) -> dict[str, Any]:
         name = self._name(volume, generation)
-        data = self._storage.get(name, size_max=OBJECT_SIZE_MAX)
+        # One byte more than it may have: a longer one is damage of this object alone.
+        data = self._storage.get_range(name, 0, OBJECT_SIZE_MAX + 1)
         try:
             value = codec.decode(data, size_max=OBJECT_SIZE_MAX)
             fields = codec.Fields(value)

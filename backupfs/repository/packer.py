@@ -95,6 +95,7 @@ class Packer:
         self._claims_changed = threading.Condition(self._lock)
         self._open: dict[bool, _OpenPack] = {}  # data chunks under False, nodes under True
         self._failures = 0
+        self._is_closed = False
         self._failure: BackupfsError = StorageUnavailable(reason="unknown")
         self._jobs: queue.Queue[list[NewBlob] | _Seal | None] = queue.Queue(QUEUE_JOBS_MAX)
         self._sealing: queue.Queue[_OpenPack | _Seal | None] = queue.Queue(SEALING_PACKS_MAX)
@@ -131,10 +132,13 @@ class Packer:
         """Hand over claimed blobs; waits while the packer has more than it may hold."""
         claims = {}
         with self._lock:
+            self._check_open()
             for blob in blobs:
-                pending = self._pending.get(blob.blob_id)
+                pending = self._claimed.get(blob.blob_id)
                 if pending is not None:
-                    pending.blob = blob.data
+                    # It may have had a place that nobody may rely on, and have left with it since.
+                    pending.blob, pending.pack, pending.location = blob.data, None, None
+                    self._pending[blob.blob_id] = pending
                     claims[blob.blob_id] = pending
         self._jobs.put(blobs)
         with self._lock:
@@ -170,6 +174,7 @@ class Packer:
             StorageError: something pending was lost after ``failures`` was ``since``.
         """
         with self._lock:
+            self._check_open()
             # The caller may rely on them, and their writers are still compressing.
             claims = dict(self._claimed)
             self._claims_changed.wait_for(lambda: not claims.items() & self._claimed.items())
@@ -183,8 +188,16 @@ class Packer:
         if self._failures != since:
             raise self._failure
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise StorageUnavailable(reason="the repository was closed")
+
     def close(self) -> None:
-        """Seal what is open and end the threads."""
+        """Seal what is open and end the threads; whoever appends or seals later is told."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
         token = _Seal()
         self._jobs.put(token)
         self._jobs.put(None)

@@ -10,7 +10,7 @@ import contextlib
 import logging
 from collections.abc import Iterable
 
-from backupfs.errors import CorruptObject, ObjectNotFound
+from backupfs.errors import CorruptObject, ObjectNotFound, StorageUnavailable
 from backupfs.format.ids import IdScheme
 from backupfs.format.pack import (
     PACKS_PREFIX,
@@ -103,6 +103,9 @@ def _take_in(
             index.add_pack(pack_id, read_footer(storage, ids, pack_id, sizes[pack_id]))
         except ObjectNotFound:
             continue  # deleted since it was listed
+        except StorageUnavailable as error:  # the disk cannot read this one; ask for the others
+            log.warning("%s", error)
+            yield CorruptObject(name=pack_name(pack_id), reason=error.reason)
         except CorruptObject as error:
             log.warning("%s", error)
             yield error

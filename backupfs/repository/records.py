@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from backupfs.errors import CorruptObject, InvalidRecord, ObjectNotFound
+from backupfs.errors import CorruptObject, InvalidRecord, ObjectNotFound, StorageUnavailable
 from backupfs.format.ids import IdScheme
 from backupfs.format.record import (
     RECORD_SIZE_MAX,
@@ -16,6 +16,16 @@ from backupfs.format.record import (
     record_name,
 )
 from backupfs.storage.base import Storage
+from backupfs.types import ObjectName
+
+# One record that is damaged, or that the disk cannot read, is not all of them.
+UnreadableError = CorruptObject | StorageUnavailable
+UNREADABLE = (CorruptObject, StorageUnavailable)
+
+
+def as_damage(name: ObjectName, error: UnreadableError) -> CorruptObject:
+    """Why an object cannot be read, as damage of that object."""
+    return CorruptObject(name=name, reason=error.reason)
 
 
 class RecordStore:
@@ -42,8 +52,7 @@ class RecordStore:
     def get(self, backup_id: str) -> Record:
         """Raises: ObjectNotFound, CorruptObject, StorageError."""
         name = record_name(backup_id)
-        # One byte more than it may have: a longer one is damage of this record alone.
-        data = self._storage.get_range(name, 0, RECORD_SIZE_MAX + 1)
+        data = self._storage.get(name, size_max=RECORD_SIZE_MAX)
         try:
             record = decode_record(data, self._id_scheme)
         except InvalidRecord as error:
@@ -51,6 +60,16 @@ class RecordStore:
         if record.backup_id != backup_id:
             raise CorruptObject(name=name, reason="it is the record of another backup")
         return record
+
+    def exists(self, backup_id: str) -> bool:
+        """Whether there is a record of that id, readable or not."""
+        try:
+            self.get(backup_id)
+        except ObjectNotFound:
+            return False
+        except (CorruptObject, StorageUnavailable):
+            pass
+        return True
 
     def ids(self) -> set[str]:
         """Ids of the backups whose records exist."""
@@ -60,17 +79,18 @@ class RecordStore:
         """Delete a backup; durable on return. Absent already: no error."""
         self._storage.delete(record_name(backup_id))
 
-    def get_all(self) -> tuple[dict[str, Record], list[CorruptObject]]:
-        """Every readable record by id, and what is wrong with the others."""
-        records, damage = {}, []
+    def get_all(self) -> tuple[dict[str, Record], dict[ObjectName, UnreadableError]]:
+        """Every readable record by id, and by object what is wrong with each of the others."""
+        records: dict[str, Record] = {}
+        unreadable: dict[ObjectName, UnreadableError] = {}
         for backup_id in self._listed():
             try:
                 records[backup_id] = self.get(backup_id)
             except ObjectNotFound:
                 continue  # deleted since it was listed
-            except CorruptObject as error:
-                damage.append(error)
-        return records, damage
+            except UNREADABLE as error:
+                unreadable[record_name(backup_id)] = error
+        return records, unreadable
 
     def _listed(self) -> Iterator[str]:
         for info in self._storage.list(RECORDS_PREFIX):

@@ -187,6 +187,7 @@ class Repository:
             refresh=self._refresh_for_reader,
         )
         self._writer: Writer | None = None
+        self._is_closed = False
         self._writer_lock = threading.Lock()
         self._refreshed_at = float("-inf")
         self._refresh_lock = threading.Lock()
@@ -219,6 +220,9 @@ class Repository:
     def close(self) -> None:
         """End all parts; what was stored is durable when this returns."""
         with self._writer_lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
             writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
@@ -228,6 +232,8 @@ class Repository:
     def writer(self) -> Writer:
         """The writing parts, started if need be. Raises: StorageError."""
         with self._writer_lock:
+            if self._is_closed:
+                raise StorageUnavailable(reason="the repository was closed")
             if self._writer is None:
                 self._writer = Writer(self)
             return self._writer

@@ -25,7 +25,7 @@ from backupfs.repository.chunks import Avoided
 from backupfs.repository.images import Root
 from backupfs.storage.base import Storage
 from backupfs.storage.local import LocalStorage
-from backupfs.storage.locks import FileLock, try_lock
+from backupfs.storage.locks import FileLock, is_held, try_lock
 from backupfs.types import BLOB_ID_SIZE, PACK_ID_SIZE, BlobId, ObjectName, PackId
 
 log = logging.getLogger(__name__)
@@ -79,12 +79,30 @@ def ack_name(session_id: str, plan_id: str) -> ObjectName:
     return ObjectName(f"{ACKS_PREFIX}{session_id}-{plan_id}.msgpack")
 
 
-def read_plans(storage: Storage) -> list[Plan]:
-    """The plans that are under way or were left by a gc that died. Raises: StorageError."""
+def gc_lock_path(folder: Path) -> Path:
+    """The lock under which packs are deleted; who holds it is sure that none is."""
+    return folder / "locks" / "gc"
+
+
+def read_plans(storage: Storage, *, gc_lock: Path) -> list[Plan]:
+    """The plans that are under way or were left by a gc that died. Raises: StorageError.
+
+    One that cannot be read, left by a gc that died, is left out: nobody will carry it out.
+
+    Raises:
+        CorruptObject: one cannot be read, and a gc is alive that may carry it out.
+    """
     plans = []
     for info in storage.list(PLANS_PREFIX):
-        with contextlib.suppress(ObjectNotFound):
-            plans.append(decode_plan(storage.get(info.name, size_max=PLAN_SIZE_MAX), info.name))
+        try:
+            data = storage.get_range(info.name, 0, PLAN_SIZE_MAX + 1)
+            plans.append(decode_plan(data, info.name))
+        except ObjectNotFound:
+            continue  # its gc has ended since
+        except CorruptObject as error:
+            if is_held(gc_lock):
+                raise
+            log.warning("%s", error)
     return plans
 
 
@@ -104,6 +122,7 @@ class Session:
         # Called before all checkpoints: makes sure that nobody can go on relying on condemned packs.
         self.settle: Callable[[], None] = lambda: None
         self._storage = storage
+        self._gc_lock = gc_lock_path(folder)
         self._avoided = avoided
         self._refresh = refresh
         self._held: Counter[Root] = Counter()
@@ -177,7 +196,7 @@ class Session:
         mark = self._storage.change_mark(PLANS_PREFIX)
         if mark is not None and mark == self._plans_mark:
             return
-        plans = read_plans(self._storage)
+        plans = read_plans(self._storage, gc_lock=self._gc_lock)
         condemned = frozenset(pack_id for plan in plans for pack_id in plan.condemned)
         # Grown first, shrunk last: packs of a plan that ended may be gone, and the index must know.
         is_to_shrink = bool(self._avoided.packs - condemned)

@@ -12,17 +12,18 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from backupfs.errors import CorruptObject, DamageError, ObjectNotFound
+from backupfs.errors import CorruptObject, DamageError, ObjectNotFound, StorageUnavailable
 from backupfs.format import blob as blob_format
 from backupfs.format import tree
 from backupfs.format.pack import PackEntry, pack_name
 from backupfs.format.record import Record
 from backupfs.repository.blobs import RANGE_SIZE_MAX
 from backupfs.repository.images import Root, walk
+from backupfs.repository.index import BlobLocation
 from backupfs.repository.marking import Marker
 from backupfs.repository.rebuild import list_packs, read_footer
 from backupfs.repository.repository import Repository
-from backupfs.types import BlobId, PackId, Progress
+from backupfs.types import HOLE, BlobId, PackId, Progress
 
 READERS = 2
 
@@ -47,6 +48,7 @@ class Verification:
         self._progress_lock = threading.Lock()
         self._marker = Marker(repository.reader, repository.index)
         self._bad: dict[BlobId, tuple[str, str]] = {}  # blob -> (object, reason)
+        self._unlisted: set[PackId] = set()  # packs whose footers cannot be read
         self.findings: list[Finding] = []
         self.bytes_checked = 0
 
@@ -59,6 +61,8 @@ class Verification:
             self._bad.setdefault(blob_id, ("no pack", "it is not in any pack"))
         if not quick:
             self._read_packs()
+        if self._unlisted:
+            self._check_unlisted(records)
         if self._bad:
             self._repository.reader.note_damage(self._bad)
             for record in records:
@@ -89,7 +93,9 @@ class Verification:
         sizes = list_packs(self._repository.storage)
         with ThreadPoolExecutor(READERS, thread_name_prefix="verify") as pool:
             for pack_id in sorted(self._marker.reached.packs()):
-                entries = self._entries(pack_id, sizes.get(pack_id, 0))
+                if pack_id not in sizes:
+                    continue  # gc has moved its blobs since they were marked
+                entries = self._entries(pack_id, sizes[pack_id])
                 list(pool.map(lambda group, p=pack_id: self._check(p, group), _groups(entries)))
 
     def _entries(self, pack_id: PackId, size: int) -> list[PackEntry]:
@@ -98,10 +104,40 @@ class Verification:
             entries = read_footer(self._repository.storage, self._repository.ids, pack_id, size)
         except CorruptObject as error:
             self.note_objects([error])
+            self._unlisted.add(pack_id)
+            return []
+        except StorageUnavailable as error:  # the disk cannot read it
+            self.note_objects([CorruptObject(name=pack_name(pack_id), reason=error.reason)])
+            self._unlisted.add(pack_id)
             return []
         except ObjectNotFound:
             return []  # gc has moved its blobs since
         return [entry for entry in entries if entry.offset in offsets]
+
+    def _check_unlisted(self, records: Sequence[Record]) -> None:
+        """Blobs of packs without a usable footer, one by one, where the index has them."""
+        checked: set[BlobId] = set()
+
+        def enter(blob_id: BlobId, level: int) -> bool:
+            if blob_id in checked:
+                return False
+            checked.add(blob_id)
+            self._check_where_indexed([blob_id], level)
+            return True
+
+        for record in records:
+            root = Root(record.root, record.height)
+            reader = self._repository.reader
+            for _first, ids in walk(reader, root, enter=enter, on_damage=self._bad_node):
+                new = set(ids) - checked - {HOLE}
+                self._check_where_indexed(sorted(new), 0)
+                checked |= new
+
+    def _check_where_indexed(self, blob_ids: list[BlobId], level: int) -> None:
+        locations = self._repository.index.find_many(blob_ids)
+        for blob_id, location in zip(blob_ids, locations, strict=True):
+            if location is not None and location.pack_id in self._unlisted:
+                self._check(location.pack_id, [_as_entry(blob_id, location, level)])
 
     def _check(self, pack_id: PackId, group: list[PackEntry]) -> None:
         first, last = group[0], group[-1]
@@ -110,6 +146,13 @@ class Verification:
         try:
             data = self._repository.storage.get_range(name, first.offset, size)
         except ObjectNotFound:
+            return
+        except StorageUnavailable as error:  # the disk cannot read it, or some of it
+            if len(group) == 1:
+                self._bad[first.blob_id] = (name, f"{error.reason} (at offset {first.offset})")
+            else:
+                for entry in group:
+                    self._check(pack_id, [entry])
             return
         view = memoryview(data)
         for entry in group:
@@ -156,6 +199,10 @@ class Verification:
                 size=max(0, min(size, record.size - offset)),
             )
         )
+
+
+def _as_entry(blob_id: BlobId, location: BlobLocation, level: int) -> PackEntry:
+    return PackEntry(blob_id=blob_id, offset=location.offset, size=location.size, level=level)
 
 
 def _groups(entries: list[PackEntry]) -> list[list[PackEntry]]:

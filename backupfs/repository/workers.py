@@ -7,6 +7,8 @@ import queue
 import threading
 from collections.abc import Callable
 
+from backupfs.errors import StorageUnavailable
+
 log = logging.getLogger(__name__)
 
 
@@ -15,6 +17,8 @@ class Workers:
 
     def __init__(self, count: int, *, name: str = "worker") -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._is_closed = False
         self._threads = [
             threading.Thread(target=self._run, name=f"{name}-{number}", daemon=True)
             for number in range(count)
@@ -23,11 +27,20 @@ class Workers:
             thread.start()
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Run ``job`` soon, in some thread; it keeps its errors to itself."""
-        self._jobs.put(job)
+        """Run ``job`` soon, in some thread; it keeps its errors to itself.
+
+        Raises:
+            StorageUnavailable: closed; it will not be run.
+        """
+        with self._lock:
+            if self._is_closed:
+                raise StorageUnavailable(reason="the repository was closed")
+            self._jobs.put(job)
 
     def close(self) -> None:
         """Finish what was submitted, then end."""
+        with self._lock:
+            self._is_closed = True
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:

@@ -12,17 +12,20 @@ import contextlib
 import logging
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 from backupfs.catalogue import Catalogue
 from backupfs.errors import (
     BackupfsError,
+    CorruptObject,
+    DamageError,
     DraftNotFound,
     InvalidName,
     NameTaken,
     NothingToPublish,
     StorageError,
 )
-from backupfs.format.names import PART_SIZE_MAX, check_volume_name, volume_of
+from backupfs.format.names import PART_SIZE_MAX, check_volume_name, folders_of, volume_of
 from backupfs.format.record import Record
 from backupfs.repository.images import Root
 from backupfs.repository.repository import Repository
@@ -69,6 +72,7 @@ class StagingArea:
         self._lock = threading.RLock()
         self._files: dict[str, StagedFile] = {}
         self._folders: set[str] = states.load_folders()
+        self.unreadable: list[CorruptObject] = []  # states of drafts, as found at the start
         self._writer.session.add_checkpoint(self._checkpoint_all)
         self._recover()
 
@@ -146,8 +150,7 @@ class StagingArea:
                 del self._files[old]
                 self._files[new] = staged
                 if replaced is not None:
-                    replaced.unlinked = True
-                    self._states.remove(replaced.draft_id)
+                    self._keeper.forget(replaced)
             self._decide(staged)
 
     def _keep_as(self, staged: StagedFile, name: str) -> None:
@@ -214,7 +217,8 @@ class StagingArea:
         """Set the size, through a handle or by name. Raises: BackupfsError."""
         with staged.lock:
             if handle is not None:
-                handle.ends_sized = True
+                # To the size of what was written, or less: beyond it there are zeros, not a copy.
+                handle.ends_sized = size <= staged.size
             if size == staged.size:
                 return
             if handle is not None:
@@ -351,7 +355,7 @@ class StagingArea:
 
     def _publish(self, staged: StagedFile) -> Record:
         assert staged.volume is not None
-        metadata = self._repository.metadata.get(staged.volume) or None
+        metadata = self._metadata_of(staged.volume)
         content = staged.draft.saved
         with self._writer.session.holding(content.root):
             record = publish(
@@ -373,6 +377,14 @@ class StagingArea:
         # The backup exists, whether or not this is kept: its record tells the next start as well.
         self._save_if_possible(staged)
         return record
+
+    def _metadata_of(self, volume: str) -> dict[str, Any] | None:
+        """A backup without its volume's metadata is better than none."""
+        try:
+            return self._repository.metadata.get(volume) or None
+        except DamageError as error:
+            self.events.add("published without metadata", volume, str(error))
+            return None
 
     def _hold(self, staged: StagedFile, reason: str, *, may_retry: bool = False) -> None:
         """``may_retry``: nothing speaks against the content, and the next start tries again."""
@@ -412,8 +424,12 @@ class StagingArea:
 
     def _recover(self) -> None:
         """Take up what an earlier daemon left: publish what was complete, hold the rest."""
-        self._files = load_staged(self._states, self._new_draft)
+        self._files, self.unreadable = load_staged(self._states, self._new_draft)
+        for damage in self.unreadable:
+            self.events.add("could not read", damage.name, damage.reason)
         for staged in self.files():
+            # Should their list be lost: a file without its folder could not be reached.
+            self._folders.update(folders_of(staged.name))
             with staged.lock:
                 self._take_up(staged)
 
@@ -460,10 +476,9 @@ class StagingArea:
                 raise NameTaken(volume=volume, staged=other.name)
 
     def _forget(self, staged: StagedFile) -> None:
-        staged.unlinked = True
         if self._files.get(staged.name) is staged:
             del self._files[staged.name]
-        self._states.remove(staged.draft_id)
+        self._keeper.forget(staged)
 
     @staticmethod
     def _is_left_partial(staged: StagedFile, old: str) -> bool:

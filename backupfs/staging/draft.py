@@ -225,7 +225,12 @@ class Draft:
             number = self._job_number
             self._jobs.add(number)
             self._credit.take(len(batch) * self._chunk_size)
-            self._workers.submit(partial(self._work, number, batch))
+            try:
+                self._workers.submit(partial(self._work, number, batch))
+            except BackupfsError:
+                self._jobs.discard(number)
+                self._credit.give(len(batch) * self._chunk_size)
+                raise
 
     # -- in a worker's thread ------------------------------------------------------------------
 

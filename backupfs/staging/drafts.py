@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import threading
 from datetime import datetime
 from pathlib import Path
 
 from backupfs.errors import Busy, DraftNotFound, StorageUnavailable
-from backupfs.format.names import volume_of
+from backupfs.format.names import check_volume_name, volume_of
 from backupfs.reports import DraftInfo
 from backupfs.repository.repository import Repository
 from backupfs.staging.lifecycle import State
 from backupfs.staging.state_store import current_holder, host_folder, load_states
 
+log = logging.getLogger(__name__)
+
 PUBLISH_ATTRIBUTE = "user.backupfs.publish"
+ID_ATTRIBUTE = "user.backupfs.id"
 STATUS_PATH = ".backupfs/status.json"
 MOUNT_SECONDS_MAX = 10.0
 
@@ -66,7 +70,7 @@ def list_drafts(repository: Repository) -> list[DraftInfo]:
     if mountpoint is not None:
         return _drafts_of_mount(mountpoint)
     folder = host_folder(repository.folder, repository.ambient)
-    states = load_states(folder, repository.ids, chunk_size=repository.config.chunk_size)
+    states, _logged = load_states(folder, repository.ids, chunk_size=repository.config.chunk_size)
     return [
         DraftInfo(
             name=state.name,
@@ -81,11 +85,17 @@ def list_drafts(repository: Repository) -> list[DraftInfo]:
     ]
 
 
-def publish_through_mount(mountpoint: str, name: str) -> None:
-    """Have the daemon publish a draft; done on return. Raises: DraftNotFound, StorageUnavailable."""
+def publish_through_mount(mountpoint: str, name: str) -> str:
+    """Have the daemon publish a draft; the id of its backup.
+
+    Raises: DraftNotFound, StorageUnavailable.
+    """
+    if check_volume_name(name):  # nothing like "../x" is ever staged
+        raise DraftNotFound(name=name)
     path = Path(mountpoint) / "staging" / name
     try:
         os.setxattr(path, PUBLISH_ATTRIBUTE, b"1")
+        return os.getxattr(path, ID_ATTRIBUTE).decode()
     except FileNotFoundError as error:
         raise DraftNotFound(name=name) from error
     except OSError as error:
@@ -97,6 +107,8 @@ def _drafts_of_mount(mountpoint: str) -> list[DraftInfo]:
         status = json.loads((Path(mountpoint) / STATUS_PATH).read_text())
     except (OSError, ValueError) as error:
         raise StorageUnavailable(reason=f"the mount at {mountpoint!r} does not answer") from error
+    for damage in status["unreadable_drafts"]:
+        log.error("a draft cannot be read: %s", damage)
     return [
         DraftInfo(
             name=item["name"],

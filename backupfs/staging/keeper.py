@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from backupfs.errors import BackupfsError
+from backupfs.errors import BackupfsError, CorruptObject
 from backupfs.staging.draft import Content, Draft
 from backupfs.staging.events import EventLog
 from backupfs.staging.staged_file import StagedFile, root_of
@@ -67,13 +67,23 @@ class Keeper:
                 self._states.save(staged.to_state(staged.draft.saved))
                 staged.is_saved = True
 
+    def forget(self, staged: StagedFile) -> None:
+        """It is no more; a writer that still holds it open keeps no state of it."""
+        with staged.state_lock:
+            staged.unlinked = True
+            self._states.remove(staged.draft_id)
+
 
 def load_staged(
     states: StateStore, make_draft: Callable[[Content], Draft]
-) -> dict[str, StagedFile]:
-    """The staged files whose states were kept, by name. Raises: StorageError."""
+) -> tuple[dict[str, StagedFile], list[CorruptObject]]:
+    """The staged files whose states were kept, by name; and what is wrong with other states.
+
+    Raises: StorageError.
+    """
     files: dict[str, StagedFile] = {}
-    for state in sorted(states.load_all(), key=lambda state: state.changed_at):
+    readable, damage = states.load_all()
+    for state in sorted(readable, key=lambda state: state.changed_at):
         content = Content(root=root_of(state), size=state.size, data_count=state.data_count)
         staged = StagedFile.from_state(state, make_draft(content))
         older = files.pop(staged.name, None)
@@ -87,7 +97,7 @@ def load_staged(
             states.save(older.to_state(older.draft.saved))
         else:
             states.remove(older.draft_id)
-    return files
+    return files, damage
 
 
 def _name_aside(staged: StagedFile) -> str:

@@ -6,21 +6,18 @@ complete. A short lock per repository keeps two publishers from choosing one nam
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from backupfs.catalogue import Catalogue
-from backupfs.errors import BackupExists, LockTimeout
+from backupfs.errors import BackupExists, ObjectExists
 from backupfs.format.names import backup_name
 from backupfs.format.record import KIND_FULL, KIND_INCREMENTAL, Description, Record
 from backupfs.repository.repository import Repository
 from backupfs.staging.draft import Content
-from backupfs.storage.locks import holder, try_lock
-
-LOCK_POLL_SECONDS = 0.005
+from backupfs.storage.locks import FileLock, held_lock
 
 # Stands for the volume's latest backup where a parent is asked for.
 LATEST = "latest"
@@ -47,11 +44,13 @@ def publish(
     """Make the backup; it exists and survives a power cut when this returns.
 
     Raises:
-        BackupExists: the id is taken by a backup with other content.
-        LockTimeout, StorageError: there is no backup.
+        BackupExists: the id is taken by a backup with other content, or by one that is damaged.
+        InvalidRecord: it cannot be described; there is no backup.
+        LockTimeout, StorageFull, StorageReadOnly: there is no backup.
+        StorageUnavailable: unknown whether there is one; the same id again finds out.
     """
     ambient = repository.ambient
-    with _publishing(repository):
+    with publishing(repository):
         catalogue.refresh()
         earlier = catalogue.get(publication.backup_id)
         if earlier is not None:
@@ -83,7 +82,10 @@ def publish(
             metadata=publication.metadata,
             description=publication.description,
         )
-        repository.records.put(record)
+        try:
+            repository.records.put(record)
+        except ObjectExists as error:  # one that cannot be read, or it would have been found
+            raise BackupExists(backup_id=record.backup_id) from error
     catalogue.add(record)
     return record
 
@@ -99,20 +101,11 @@ def _parent(catalogue: Catalogue, publication: Publication, size: int) -> Record
     return parent if parent is not None and parent.size == size else None
 
 
-@contextlib.contextmanager
-def _publishing(repository: Repository) -> Iterator[None]:
-    ambient = repository.ambient
-    path = repository.folder / "locks" / "publish"
-    started = ambient.monotonic()
-    while (lock := try_lock(path)) is None:
-        if ambient.monotonic() - started > repository.lock_seconds_max:
-            raise LockTimeout(
-                seconds=repository.lock_seconds_max,
-                what="publishing a backup",
-                holder=holder(path),
-            )
-        ambient.sleep(LOCK_POLL_SECONDS)
-    try:
-        yield
-    finally:
-        lock.release()
+def publishing(repository: Repository) -> AbstractContextManager[FileLock]:
+    """Hold what keeps others from making, or taking in, a backup of the same name."""
+    return held_lock(
+        repository.folder / "locks" / "publish",
+        repository.ambient,
+        what="publishing a backup",
+        seconds_max=repository.lock_seconds_max,
+    )

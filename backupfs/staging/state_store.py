@@ -113,8 +113,8 @@ class StateStore:
         except (OSError, ValueError):
             return True  # cannot tell: hold it
 
-    def load_all(self) -> list[DraftState]:
-        """Every readable state. What cannot be read is left in place and reported in the log."""
+    def load_all(self) -> tuple[list[DraftState], list[CorruptObject]]:
+        """Every readable state, and what is wrong with the others; those are left in place."""
         return load_states(self._folder, self._ids, chunk_size=self._chunk_size)
 
     def save_folders(self, folders: set[str]) -> None:
@@ -150,17 +150,24 @@ def host_folder(repository_folder: Path, ambient: Ambient) -> Path:
     return repository_folder / DRAFTS / host
 
 
-def load_states(folder: Path, ids: IdScheme, *, chunk_size: int) -> list[DraftState]:
-    """The readable states in ``folder``; needs no lock."""
-    states = []
+def load_states(
+    folder: Path, ids: IdScheme, *, chunk_size: int
+) -> tuple[list[DraftState], list[CorruptObject]]:
+    """The readable states in ``folder``, and what is wrong with the others; needs no lock."""
+    states, damage = [], []
     for path in sorted(folder.glob(f"*{DRAFT_SUFFIX}")):
         try:
             with path.open("rb") as file:
                 data = file.read(STATE_SIZE_MAX + 1)
             states.append(decode_draft_state(data, path.name, ids, chunk_size=chunk_size))
+        except FileNotFoundError:
+            continue  # forgotten since it was listed
         except (OSError, CorruptObject) as error:
-            log.error("a draft cannot be read: %s", error)
-    return states
+            reason = error.reason if isinstance(error, CorruptObject) else str(error)
+            name = f"{DRAFTS}/{folder.name}/{path.name}"
+            damage.append(CorruptObject(name=name, reason=reason))
+            log.error("a draft cannot be read: %s", damage[-1])
+    return states, damage
 
 
 def current_holder(folder: Path) -> Holder | None:

@@ -55,7 +55,8 @@ class Storage(Protocol):
 
         Raises:
             ObjectNotFound: there is none of that name.
-            StorageUnavailable: it could not be read, or is larger than ``size_max``.
+            CorruptObject: it is larger than ``size_max``.
+            StorageUnavailable: it could not be read.
         """
 
     def get_range(self, name: ObjectName, offset: int, size: int) -> bytes:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from backupfs.ambient import Ambient
-from backupfs.errors import ObjectExists, ObjectNotFound, StorageUnavailable
+from backupfs.errors import CorruptObject, ObjectExists, ObjectNotFound, StorageUnavailable
 from backupfs.storage.base import ObjectInfo, SpooledFile
 from backupfs.storage.oserrors import storage_error, translated
 from backupfs.types import Buffer, ObjectName
@@ -64,7 +64,7 @@ class LocalStorage:
         except OSError as error:
             raise storage_error(error) from error
         if len(data) > size_max:
-            raise StorageUnavailable(reason=f"{name!r} is larger than {size_max} bytes")
+            raise CorruptObject(name=name, reason=f"it is larger than {size_max} bytes")
         return data
 
     def get_range(self, name: ObjectName, offset: int, size: int) -> bytes:

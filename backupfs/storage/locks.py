@@ -9,11 +9,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+from backupfs.ambient import Ambient
+from backupfs.errors import LockTimeout
 from backupfs.storage.oserrors import translated
 
 HOLDER_SIZE_MAX = 1024
+POLL_SECONDS = 0.005
 
 
 class FileLock:
@@ -58,6 +62,25 @@ def try_lock(path: Path) -> FileLock | None:
             if _is_still(file, path):
                 return FileLock(path, file)
             os.close(file)  # its last holder removed it between our open and lock
+
+
+@contextlib.contextmanager
+def held_lock(path: Path, ambient: Ambient, *, what: str, seconds_max: float) -> Iterator[FileLock]:
+    """Hold the lock at ``path`` for the block, once whoever has it gives it up.
+
+    Raises:
+        LockTimeout: that took too long; ``what`` says what the lock is for.
+    """
+    started = ambient.monotonic()
+    while (lock := try_lock(path)) is None:
+        if ambient.monotonic() - started > seconds_max:
+            raise LockTimeout(seconds=seconds_max, what=what, holder=holder(path))
+        ambient.sleep(POLL_SECONDS)
+    lock.describe(f"process {ambient.process_id()}: {what}")
+    try:
+        yield lock
+    finally:
+        lock.release()
 
 
 def is_held(path: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 
-from backupfs.errors import ObjectExists, ObjectNotFound, StorageUnavailable
+from backupfs.errors import CorruptObject, ObjectExists, ObjectNotFound
 from backupfs.storage.base import ObjectInfo, SpooledFile
 from backupfs.types import Buffer, ObjectName
 
@@ -31,7 +31,7 @@ class MemoryStorage:
     def get(self, name: ObjectName, *, size_max: int) -> bytes:
         data = self._find(name)
         if len(data) > size_max:
-            raise StorageUnavailable(reason=f"{name!r} is larger than {size_max} bytes")
+            raise CorruptObject(name=name, reason=f"it is larger than {size_max} bytes")
         return data
 
     def get_range(self, name: ObjectName, offset: int, size: int) -> bytes:

@@ -114,6 +114,9 @@ class CommandServer:
                 command.code = news["code"]
                 command.ended.set()
                 del self._commands[news["number"]]
+        for command in self._commands.values():  # the server died: nobody else will say so
+            command.begun.set()
+            command.ended.set()
 
 
 # -- in the server's process -------------------------------------------------------------------

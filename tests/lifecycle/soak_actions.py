@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ IMAGE_SIZE_MAX = 1536 * KIB
 PATCH_SIZE_MAX = 100 * KIB
 SECTOR_SIZE = 512
 TOOL_SECONDS = 60.0
+KILLED = -signal.SIGKILL
 COUNT_MAX = 5  # backups of a volume; then one is deleted
 
 
@@ -32,14 +34,18 @@ class Action:
     commands: list[list[str | Path]] = field(default_factory=list)  # one after the other
     command: tuple[str | Path, ...] = ()  # or one of ours
     restores: tuple[Path, bytes] | None = None  # a file, and what it must hold afterwards
-    is_killed: bool = False  # our command, by a kill of its own
+    is_killable: bool = True  # False: other processes of it would go on for a while
+    is_killed: bool = False  # by a kill of its own
 
     def run(self, site: Site, kill_after: float | None) -> None:
-        """Run it to its end, however that is."""
+        """Run it to its end, however that is; its program may be killed after some seconds."""
         if self.command:
             self._run_ours(site, kill_after)
             return
-        self.promise.is_done = all(run_tool(words) for words in self.commands)
+        limit = kill_after if self.is_killable else None
+        codes = [run_tool(words, limit) for words in self.commands]
+        self.promise.is_done = not any(codes)
+        self.is_killed = KILLED in codes
 
     def _run_ours(self, site: Site, kill_after: float | None) -> None:
         name, *words = self.command
@@ -50,17 +56,20 @@ class Action:
         self.promise.is_done = command.wait() == 0
 
 
-def run_tool(words: list[str | Path]) -> bool:
-    """Whether a program ended well."""
-    ended = subprocess.run(
+def run_tool(words: list[str | Path], kill_after: float | None) -> int:
+    """The exit code of a program; ``KILLED`` where it was killed."""
+    with subprocess.Popen(
         [os.fspath(word) for word in words],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        timeout=TOOL_SECONDS,
-        check=False,
-    )
-    return ended.returncode == 0
+    ) as process:
+        try:
+            return process.wait(TOOL_SECONDS if kill_after is None else kill_after)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            assert kill_after is not None, f"{words} does not end"
+            return process.wait(TOOL_SECONDS)
 
 
 class Lane:
@@ -117,7 +126,9 @@ class Lane:
     def rsync(self, model: Model, rng: random.Random) -> Action:
         source, data = self._image(model, rng)
         words = ["rsync", "--ignore-times", source, self.staged]
-        return self._whole("rsync", model, data, [words])
+        action = self._whole("rsync", model, data, [words])
+        action.is_killable = False
+        return action
 
     def rename_in(self, model: Model, rng: random.Random) -> Action:
         source, data = self._image(model, rng)
@@ -159,7 +170,7 @@ class Lane:
         words = ["rsync", "--inplace", "--no-whole-file", "--ignore-times", source, self.staged]
         promise = Promise(self.volume, self.name, f"rsync --inplace to {self.name}")
         self._promise_change(promise, model, data, completes=True)
-        return Action(promise, [words])
+        return Action(promise, [words], is_killable=False)
 
     def _promise_change(
         self, promise: Promise, model: Model, data: bytes, *, completes: bool
@@ -211,7 +222,8 @@ class Lane:
         source = self._file(f"{backup_id}.msgpack", model.kept[backup_id].record)
         if rng.random() < 0.3:
             return Action(promise, command=("import", source))
-        return Action(promise, [["cp", source, self.site.backups]])
+        # The whole name: without a mount there would be no folder, and cp would make a file.
+        return Action(promise, [["cp", source, self.site.backups / f"{backup_id}.msgpack"]])
 
     def read(self, model: Model, rng: random.Random) -> Action:
         backup_id = rng.choice(model.of_volume(self.volume))

@@ -49,6 +49,7 @@ class Soak:
         self.counts: Counter[str] = Counter()
         self.memory_peak = 0
         self._plan: list[str] = []
+        self._failures: list[str] = []
 
     def start(self) -> None:
         self._site.init("--chunk-size", "16K")
@@ -78,6 +79,8 @@ class Soak:
             thread.join(180)
             if thread.is_alive():
                 raise Broken(f"something hangs: {self._plan}")
+        if self._failures:
+            raise Broken("; ".join(self._failures))
         self._start_again(rng, is_killed=bool(number))
         self._settle(actions, is_killed=bool(number))
         if self.rounds % CHECK_ROUNDS == 0:
@@ -122,9 +125,12 @@ class Soak:
         command = self._site.begin("gc")
         if kill_after is not None and not command.ended.wait(kill_after):
             command.kill()
+            command.wait()  # until it is dead it has the lock
             self.counts["gc killed"] += 1
+        elif command.wait() != 0 and "in use by" in command.err():
+            self.counts["gc refused beside an import"] += 1
         elif command.wait() != 0:
-            raise Broken(f"gc: {command.err()}")
+            self._failures.append(f"gc: {command.err()}")
         else:
             self.counts["gc"] += 1
 
@@ -141,6 +147,7 @@ class Soak:
             promise = action.promise
             self.counts[promise.what.split(" ")[0]] += 1
             self.counts["cut short"] += not promise.is_done
+            self.counts["programs killed"] += action.is_killed
             if not (promise.is_done or is_killed or action.is_killed or promise.may_fail):
                 raise Broken(f"failed without a reason: {promise.what}")
             if action.restores is not None and promise.is_done:

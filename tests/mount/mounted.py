@@ -51,7 +51,7 @@ def becomes(condition: Callable[[], bool], *, seconds: float) -> bool:
     """Whether ``condition`` turns true in time."""
     deadline = time.monotonic() + seconds
     while not (reached := condition()) and time.monotonic() < deadline:
-        time.sleep(0.02)
+        time.sleep(0.01)
     return reached
 
 
@@ -235,6 +235,7 @@ class Mounted:
 
     def assert_held(self, name: str, volume: str, *contents: bytes) -> dict[str, Any]:
         """``name`` is held, for a reason; the volume has just these backups. Returns the draft."""
+        becomes(lambda: self.drafts()[name]["state"] != "open", seconds=5)
         draft = self.drafts()[name]
         assert draft["state"] == "held" and draft["reason"], draft
         (listed,) = [item for item in self.listed("drafts") if item["name"] == name]

@@ -16,7 +16,7 @@ from support.faulty import FULL, LOST_ACKNOWLEDGEMENT, UNAVAILABLE, FaultyStorag
 from support.images import CHUNK_SIZE, back_up, noise, restored
 
 from backupfs.ambient import Ambient
-from backupfs.errors import BackupNotFound, StorageError
+from backupfs.errors import BackupNotFound, StorageError, StorageUnavailable
 from backupfs.repository.repository import Repository
 from backupfs.service import Record, RetentionPolicy, Service
 
@@ -135,8 +135,10 @@ def test_backup_again_by_the_same_process(world, how):
 @pytest.mark.parametrize("how", HOWS)
 def test_delete(world, how):
     def delete(service: Service) -> None:
-        (record,) = (record for record in service.backups() if record.backup_id not in world.kept)
-        service.delete(record)
+        new = [record for record in service.backups() if record.backup_id not in world.kept]
+        if not new:
+            raise StorageUnavailable(reason="its record could not be read")
+        service.delete(new[0])
 
     with world.open() as service:
         back_up(service, NEW)
@@ -242,6 +244,4 @@ def test_restore_and_verify(world, how):
         service.verify()
 
     for what, _failed in failures(world, read, how):
-        with world.open() as service:
-            assert service.repository.index.damaged() == frozenset(), what
-    world.check("the end")
+        world.check(what)

@@ -532,14 +532,7 @@ def during_the_second_mark(storage: SteppedStorage, act: Callable[[], object]) -
     storage.after = step
 
 
-NODES_UNSEEN = pytest.mark.xfail(
-    strict=True, reason="an import looks where the chunks lie, and not where the nodes do"
-)
-
-
-@pytest.mark.parametrize(
-    "what_is_dead", ["all", pytest.param("only the nodes", marks=NODES_UNSEEN)]
-)
+@pytest.mark.parametrize("what_is_dead", ["all", "only the nodes"])
 def test_an_import_during_gc_is_complete_or_refused(location, scratch, what_is_dead):
     """A record whose data are condemned waits for what gc decides."""
     image = chunks(20, seed=1)

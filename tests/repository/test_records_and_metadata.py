@@ -66,10 +66,10 @@ def test_a_record_under_another_name_is_not_that_backup(location, service):
     other_id = Ambient().new_uuid()
     (Path(location) / record_name(record.backup_id)).rename(Path(location) / record_name(other_id))
 
-    records, damage = service.repository.records.get_all()
+    records, unreadable = service.repository.records.get_all()
 
     assert records == {}
-    assert [error.name for error in damage] == [record_name(other_id)]
+    assert list(unreadable) == [record_name(other_id)]
 
 
 def test_files_that_are_no_records_are_not_listed(service):

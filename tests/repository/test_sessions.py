@@ -383,11 +383,16 @@ def test_an_unreadable_acknowledgement_is_no_empty_one(watch, storage):
     assert watch.acknowledged_roots("q" * 32) == set()
 
 
-def test_an_unreadable_plan_is_no_empty_one(storage):
+def test_an_unreadable_plan_is_no_empty_one_while_a_gc_may_carry_it_out(storage, tmp_path):
     storage.put_new(plan_name("p" * 32), b"damaged")
+    gc_lock = tmp_path / "gc"
+    lock = try_lock(gc_lock)
 
     with pytest.raises(CorruptObject):
-        read_plans(storage)
+        read_plans(storage, gc_lock=gc_lock)
+
+    lock.release()
+    assert read_plans(storage, gc_lock=gc_lock) == []
 
 
 def test_a_session_never_starts_unseen_while_gc_looks(storage, watch):

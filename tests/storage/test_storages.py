@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from backupfs.ambient import Ambient
-from backupfs.errors import ObjectExists, ObjectNotFound, StorageUnavailable
+from backupfs.errors import CorruptObject, ObjectExists, ObjectNotFound
 from backupfs.storage.base import SpooledFile, Storage
 from backupfs.storage.local import LocalStorage
 from backupfs.storage.memory import MemoryStorage
@@ -106,7 +106,7 @@ def test_what_is_not_there_is_not_found(storage):
 def test_an_object_larger_than_allowed_is_not_read(storage):
     storage.put_new(NAME, b"0123456789")
 
-    with pytest.raises(StorageUnavailable):
+    with pytest.raises(CorruptObject):
         storage.get(NAME, size_max=9)
 
 

@@ -1,0 +1,220 @@
+"""The catalogue: made from the records, told of changes, and right again after any."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from support.ambients import SetClock
+from support.faulty import SteppedStorage
+from support.images import back_up, noise
+
+from backupfs.catalogue import Catalogue, Change
+from backupfs.format.ids import IdScheme
+from backupfs.format.record import record_name
+from backupfs.repository.records import RecordStore
+from backupfs.service import Record, Service
+
+
+@pytest.fixture
+def stepped(location: str) -> SteppedStorage:
+    return SteppedStorage(location)
+
+
+@pytest.fixture
+def catalogue(stepped: SteppedStorage) -> Catalogue:
+    """Another process's view of the same records."""
+    return Catalogue(RecordStore(stepped, IdScheme()), stepped)
+
+
+def ids(catalogue: Catalogue) -> list[str]:
+    return [record.backup_id for record in catalogue.all()]
+
+
+def in_order(service: Service, count: int, *, volume: str = "vm") -> list[Record]:
+    """Backups one second apart."""
+    clock = service.repository.ambient
+    assert isinstance(clock, SetClock)
+    records = []
+    for seed in range(count):
+        records.append(back_up(service, noise(100, seed=seed), volume=volume))
+        clock.advance(1)
+    return records
+
+
+@pytest.fixture
+def service(location: str):
+    with Service.open(location, ambient=SetClock()) as opened:
+        yield opened
+
+
+def test_backups_come_by_volume_and_then_by_time(service, catalogue):
+    second = in_order(service, 3, volume="b")
+    first = in_order(service, 2, volume="a/x")
+    catalogue.refresh()
+
+    assert catalogue.all() == first + second
+    assert catalogue.volumes() == ["a/x", "b"]
+    assert catalogue.backups("b") == second
+    assert catalogue.latest("b") == second[-1]
+    assert catalogue.by_name("b", second[1].name) == second[1]
+    assert catalogue.get(first[0].backup_id) == first[0]
+    assert catalogue.ids_starting_with(first[0].backup_id[:8]) == [first[0].backup_id]
+    assert (catalogue.latest("c"), catalogue.backups("c"), catalogue.by_name("b", "x")) == (
+        None,
+        [],
+        None,
+    )
+
+
+def test_ten_backups_of_one_second_stand_in_the_order_of_their_numbers(service, catalogue):
+    records = [back_up(service, noise(100, seed=seed)) for seed in range(12)]
+    catalogue.refresh()
+
+    assert catalogue.backups("vm") == records
+
+
+def test_subscribers_are_told_of_every_change_once(service, catalogue):
+    told: list[Change] = []
+    catalogue.subscribe(told.append)
+    first, second = in_order(service, 2)
+
+    catalogue.refresh()
+    catalogue.refresh()
+    service.delete(first)
+    catalogue.refresh()
+    catalogue.add(second)
+    catalogue.remove(first)
+    catalogue.remove(second)
+    catalogue.add(second)
+
+    assert [(set(change.added), set(change.removed)) for change in told] == [
+        ({first, second}, set()),
+        (set(), {first}),
+        (set(), {second}),
+        ({second}, set()),
+    ]
+
+
+def test_a_volume_without_backups_is_none(service, catalogue):
+    (record,) = in_order(service, 1)
+    catalogue.refresh()
+
+    service.delete(record)
+    catalogue.refresh()
+
+    assert catalogue.volumes() == []
+    assert catalogue.all() == []
+
+
+def test_an_unchanged_folder_is_not_read_again(service, catalogue, stepped, monkeypatch):
+    in_order(service, 2)
+    catalogue.refresh()
+    monkeypatch.setattr(stepped, "change_mark", lambda _prefix: 5)
+    catalogue.refresh()
+    calls: list[str] = []
+    stepped.before = lambda verb, name: calls.append(f"{verb} {name}")
+
+    catalogue.refresh()
+
+    assert calls == []
+    assert len(catalogue.all()) == 2
+
+
+def test_an_unreadable_record_is_told_and_the_others_are_there(service, catalogue, location):
+    first, second = in_order(service, 2)
+    path = Path(location) / record_name(first.backup_id)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+
+    catalogue.refresh()
+
+    assert catalogue.all() == [second]
+    assert [error.name for error in catalogue.unreadable()] == [record_name(first.backup_id)]
+    path.unlink()
+    catalogue.refresh()
+    assert catalogue.unreadable() == []
+    path.write_bytes(whole)
+    catalogue.refresh()
+    assert catalogue.all() == [first, second]
+
+
+# -- at the same time as others ----------------------------------------------------------------
+
+
+def test_a_record_deleted_between_listing_and_reading_is_no_error(service, catalogue, stepped):
+    first, second = in_order(service, 2)
+
+    def delete(verb: str, name: str) -> None:
+        if verb == "list":
+            service.repository.records.delete(first.backup_id)
+
+    stepped.after = delete
+    catalogue.refresh()
+
+    assert catalogue.all() == [second]
+    assert catalogue.unreadable() == []
+
+
+def test_what_this_process_publishes_during_a_refresh_stays(service, catalogue, stepped):
+    (first,) = in_order(service, 1)
+    catalogue.refresh()
+    published: list[Record] = []
+
+    def publish(verb: str, name: str) -> None:
+        if verb == "list" and not published:
+            published.append(back_up(service, noise(100, seed=9)))
+            catalogue.add(published[0])
+
+    stepped.after = publish
+    catalogue.refresh()
+
+    assert catalogue.all() == [first, *published]
+
+
+def test_what_this_process_deletes_during_a_refresh_stays_deleted(service, catalogue, stepped):
+    first, second = in_order(service, 2)
+    catalogue.refresh()
+
+    def delete(verb: str, name: str) -> None:
+        if verb == "list" and catalogue.get(first.backup_id):
+            service.repository.records.delete(first.backup_id)
+            catalogue.remove(first)
+
+    stepped.after = delete
+    catalogue.refresh()
+    stepped.after = lambda _verb, _name: None
+    catalogue.refresh()
+
+    assert catalogue.all() == [second]
+
+
+def test_many_who_refresh_publish_and_delete_end_with_the_truth(service, catalogue):
+    problems: list[object] = []
+    stop = threading.Event()
+
+    def refresh() -> None:
+        while not stop.is_set():
+            try:
+                catalogue.refresh()
+                catalogue.all()
+                catalogue.unreadable()
+            except Exception as error:
+                problems.append(error)
+
+    refreshers = [threading.Thread(target=refresh) for _ in range(3)]
+    for thread in refreshers:
+        thread.start()
+    alive: list[Record] = []
+    for seed in range(30):
+        alive.append(back_up(service, noise(100, seed=seed)))
+        if seed % 3 == 2:
+            service.delete(alive.pop(0))
+    stop.set()
+    for thread in refreshers:
+        thread.join()
+
+    catalogue.refresh()
+    assert problems == []
+    assert set(ids(catalogue)) == {record.backup_id for record in alive}
