@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 FS_TYPE = "fuse.backupfs"
 READ_AHEAD_KIB = 2048
-REFRESH_SECONDS = 0.5
+REFRESH_SECONDS = 0.5  # until the mount shows what other processes did
 TICK_SECONDS = 0.2
 STDERR_SIZE_MAX = 4096
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -93,9 +93,9 @@ class Mount:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_signals)
-                nursery.start_soon(self._refresh)
+                nursery.start_soon(_repeat, self._service.refresh, REFRESH_SECONDS)
                 if self._area is not None:
-                    nursery.start_soon(self._tick, self._area)
+                    nursery.start_soon(_repeat, self._area.tick, TICK_SECONDS)
                 nursery.start_soon(self._announce, on_ready)
                 await pyfuse3.main()
                 nursery.cancel_scope.cancel()
@@ -119,20 +119,6 @@ class Mount:
                 pyfuse3.terminate()
                 return
 
-    async def _refresh(self) -> None:
-        """Show what other processes do to the repository."""
-        while True:
-            await trio.sleep(REFRESH_SECONDS)
-            try:
-                await trio.to_thread.run_sync(self._service.refresh)
-            except BackupfsError as error:
-                log.error("the repository could not be looked at: %s", error)
-
-    async def _tick(self, area: StagingArea) -> None:
-        while True:
-            await trio.sleep(TICK_SECONDS)
-            await trio.to_thread.run_sync(area.tick)
-
     def _fuse_options(self) -> set[str]:
         source = self._service.location.encode("ascii", "replace").decode()
         options = set(pyfuse3.default_options)
@@ -143,6 +129,25 @@ class Mount:
         if self._options.read_only:
             options.add("ro")
         return options
+
+
+async def _repeat(work: Callable[[], None], seconds: float) -> None:
+    """Do ``work`` now and then. What is wrong is told when it begins and when it has passed."""
+    told = ""
+    while True:
+        await trio.sleep(seconds)
+        problem = ""
+        try:
+            await trio.to_thread.run_sync(work)
+        except BackupfsError as error:
+            problem = str(error)
+        except Exception as error:  # a bug in it must not end the mount
+            problem = f"{type(error).__name__}: {error}"
+            if problem != told:
+                log.exception("%s failed", work.__qualname__)
+        if problem != told:
+            log.error("%s", problem) if problem else log.info("this has passed: %s", told)
+        told = problem
 
 
 @contextlib.contextmanager

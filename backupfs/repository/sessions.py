@@ -186,11 +186,16 @@ class Session:
             self._checkpoints.remove(checkpoint)
 
     def _watch(self) -> None:
+        told = ""
         while not self._stop.wait(POLL_SECONDS):
+            problem = ""
             try:
                 self._follow_plans()
-            except Exception:  # gc waits for us meanwhile, and nothing is lost
-                log.exception("gc's plans could not be followed; trying again")
+            except Exception as error:  # gc waits for us meanwhile, and nothing is lost
+                problem = f"{type(error).__name__}: {error}"
+                if problem != told:  # it is tried ten times a second
+                    log.exception("gc's plans cannot be followed; trying on")
+            told = problem
 
     def _follow_plans(self) -> None:
         mark = self._storage.change_mark(PLANS_PREFIX)
