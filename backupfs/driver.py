@@ -8,33 +8,25 @@ verbs promise holds here too, and so do their errors. Methods may be called from
 from __future__ import annotations
 
 import base64
-import errno
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from backupfs.ambient import Ambient
+from backupfs.copying import never
 from backupfs.errors import (
-    BackupfsError,
     BackupNotFound,
     InvalidMetadata,
     InvalidName,
     InvalidOption,
     InvalidRecord,
-    SourceFailed,
-    TargetFailed,
 )
 from backupfs.format.names import check_volume_name
 from backupfs.format.record import DESCRIPTION_SIZE_MAX, canonical_backup_id
-from backupfs.service import Description, Record, Service
-from backupfs.types import Buffer
-
-# What is asked of a volume at a time.
-READ_SIZE = 1 << 20
-ZEROS = bytes(READ_SIZE)
+from backupfs.openvolume import VolumeFile, VolumeSource, VolumeTarget
+from backupfs.service import Description, ImageSource, ImageTarget, Record, Service
 
 # The form of the JSON text that ``get_metadata`` writes; 1 is the same with fewer keys.
 METADATA_VERSION = 2
@@ -44,20 +36,6 @@ METADATA_VERSIONS = (1, 2)
 RECORD_KEY = "record"
 
 
-class VolumeFile(Protocol):
-    """An open volume, at least; ``fileno`` is used too where there is one that works."""
-
-    def read(self, size: int, /) -> Any:
-        """Up to ``size`` bytes; none of them means the end."""
-
-    def write(self, data: bytes, /) -> Any:
-        """How many bytes were taken; None says all of them."""
-
-    def seek(self, offset: int, /) -> Any: ...
-
-    def flush(self) -> Any: ...
-
-
 class BackupDriver:
     """Backups of volumes in the repository at ``location``. Use as a context manager.
 
@@ -65,9 +43,24 @@ class BackupDriver:
     have is used where it is there.
     """
 
-    def __init__(self, location: str, *, ambient: Ambient | None = None) -> None:
-        """Raises: RepositoryNotFound, CorruptObject, UnsupportedFormat, StorageError."""
-        self.service = Service.open(location, ambient=ambient)
+    def __init__(
+        self,
+        location: str,
+        *,
+        ambient: Ambient | None = None,
+        compression_level: int | None = None,
+        lock_seconds_max: float | None = None,
+    ) -> None:
+        """Options as of ``Service.open``.
+
+        Raises: RepositoryNotFound, InvalidOption, CorruptObject, UnsupportedFormat, StorageError.
+        """
+        self.service = Service.open(
+            location,
+            ambient=ambient,
+            compression_level=compression_level,
+            lock_seconds_max=lock_seconds_max,
+        )
 
     def close(self) -> None:
         """End all threads; everything that was acknowledged is durable."""
@@ -112,16 +105,8 @@ class BackupDriver:
                 there is no backup.
             SourceFailed: the same, as ``volume_file`` failed; the cause is chained.
         """
-        volume = _volume_name(_field(backup, "volume_id"))
-        self.service.backup(
-            _VolumeSource(volume_file, volume),
-            volume=volume,
-            parent=_backup_id(_field(backup, "parent_id")),
-            backup_id=str(_field(backup, "id")),
-            data_timestamp=_moment(_field(backup, "data_timestamp")),
-            description=_description(backup),
-            with_metadata=backup_metadata,
-        )
+        source = VolumeSource(volume_file, str(_field(backup, "volume_id")))
+        take(self.service, backup, source, with_metadata=backup_metadata)
 
     def restore(self, backup: Any, volume_id: str, volume_file: VolumeFile) -> None:
         """Write the backup's image over the start of ``volume_file``, zeros included; durable on
@@ -134,8 +119,7 @@ class BackupDriver:
             DamageError, TargetFailed, StorageError: the volume is not complete.
         """
         volume = _volume_name(volume_id)
-        record = self._existing(backup)
-        self.service.restore(record, _VolumeTarget(volume_file, volume))
+        record = give(self.service, backup, VolumeTarget(volume_file, volume))
         if record.metadata:
             self.service.put_metadata(volume, record.metadata)
 
@@ -144,7 +128,7 @@ class BackupDriver:
 
         Raises: StorageError.
         """
-        record = self._find(backup)
+        record = _find(self.service, backup)
         if record is not None:
             with suppress(BackupNotFound):
                 self.service.delete(record)
@@ -153,7 +137,7 @@ class BackupDriver:
 
     def export_record(self, backup: Any) -> dict[str, Any]:
         """What ``import_record`` needs, of types that JSON has. Raises: BackupNotFound."""
-        record = self._existing(backup)
+        record = _existing(self.service, backup)
         return {
             RECORD_KEY: base64.b64encode(self.service.export_record(record)).decode(),
             "id": record.backup_id,
@@ -186,23 +170,62 @@ class BackupDriver:
                 self.service.delete(outcome.record)
             raise InvalidRecord(reason=f"it is not the record of backup {expected}")
 
-    # -- helpers ---------------------------------------------------------------------------------
 
-    def _existing(self, backup: Any) -> Record:
-        record = self._find(backup)
-        if record is None:
-            raise BackupNotFound(selector=_field(backup, "id"))
-        return record
+# -- with any source or target ---------------------------------------------------------------------
 
-    def _find(self, backup: Any) -> Record | None:
-        """The backup as it is now, whoever changed the repository; None where there is none."""
-        backup_id = _backup_id(_field(backup, "id"))
-        if backup_id is None:
-            return None
-        self.service.refresh()
-        with suppress(BackupNotFound):
-            return self.service.resolve(backup_id)
+
+def take(
+    service: Service,
+    backup: Any,
+    source: ImageSource,
+    *,
+    with_metadata: bool = False,
+    metadata: dict[str, Any] | None = None,
+    cancelled: Callable[[], bool] = never,
+) -> Record:
+    """Make ``backup`` from ``source``; ``metadata``, if given, go into it in place of those kept.
+
+    Raises: what ``BackupDriver.backup`` does; Cancelled.
+    """
+    return service.backup(
+        source,
+        volume=_volume_name(_field(backup, "volume_id")),
+        parent=_backup_id(_field(backup, "parent_id")),
+        backup_id=str(_field(backup, "id")),
+        data_timestamp=_moment(_field(backup, "data_timestamp")),
+        description=_description(backup),
+        with_metadata=with_metadata,
+        metadata=metadata,
+        cancelled=cancelled,
+    )
+
+
+def give(service: Service, backup: Any, target: ImageTarget) -> Record:
+    """Write the image of ``backup`` to ``target``; nobody's metadata change.
+
+    Raises: BackupNotFound, DamageError, TargetFailed, StorageError.
+    """
+    record = _existing(service, backup)
+    service.restore(record, target)
+    return record
+
+
+def _existing(service: Service, backup: Any) -> Record:
+    record = _find(service, backup)
+    if record is None:
+        raise BackupNotFound(selector=_field(backup, "id"))
+    return record
+
+
+def _find(service: Service, backup: Any) -> Record | None:
+    """The backup as it is now, whoever changed the repository; None where there is none."""
+    backup_id = _backup_id(_field(backup, "id"))
+    if backup_id is None:
         return None
+    service.refresh()
+    with suppress(BackupNotFound):
+        return service.resolve(backup_id)
+    return None
 
 
 # -- fields of a backup ----------------------------------------------------------------------------
@@ -269,101 +292,3 @@ def _record_bytes(driver_info: Mapping[str, Any]) -> bytes:
         return base64.b64decode(driver_info[RECORD_KEY], validate=True)
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidRecord(reason=f"field {RECORD_KEY!r} is no base64 text") from error
-
-
-# -- open volumes ----------------------------------------------------------------------------------
-
-
-@contextmanager
-def _failing_as(failure: type[BackupfsError], name: str) -> Iterator[None]:
-    """Turn whatever a volume's file raises into our error; the cause stays chained."""
-    try:
-        yield
-    except Exception as error:  # each storage system's library has errors of its own
-        raise failure(name=name, reason=f"{type(error).__name__}: {error}") from error
-
-
-class _VolumeSource:
-    """The image in an open volume, read from 0 until nothing more comes."""
-
-    def __init__(self, file: VolumeFile, name: str) -> None:
-        self.name = name
-        self.size_hint: int | None = None
-        self._file = file
-        self._size = 0
-
-    def extents(self) -> Iterator[tuple[int, Buffer]]:
-        with _failing_as(SourceFailed, self.name):
-            self._file.seek(0)
-        while piece := self._gather():
-            offset, self._size = self._size, self._size + len(piece)
-            if piece != ZEROS:
-                yield offset, piece
-
-    def size(self) -> int:
-        return self._size
-
-    def _gather(self) -> bytes:
-        """The next piece: whole, however short the reads are, so that chunks stay whole."""
-        parts, missing = [], READ_SIZE
-        while missing > 0 and (part := self._read(missing)):
-            parts.append(part)
-            missing -= len(part)
-        return b"".join(parts)
-
-    def _read(self, size: int) -> bytes:
-        with _failing_as(SourceFailed, self.name):
-            data = self._file.read(size)
-            if not isinstance(data, Buffer):
-                # None is said by a file that has nothing yet: to take it for the end would cut.
-                raise TypeError(f"read gave {type(data).__name__}, not bytes")
-            return bytes(data)
-
-
-class _VolumeTarget:
-    """An open volume, written from 0 on; it may be full of other data."""
-
-    def __init__(self, file: VolumeFile, name: str) -> None:
-        self.name = name
-        self._file = file
-        self._position: int | None = None  # in the file; None: not known yet
-
-    def write(self, offset: int, data: Buffer) -> None:
-        with _failing_as(TargetFailed, self.name):
-            if offset != self._position:
-                self._file.seek(offset)
-            rest = bytes(data)  # some wrappers take nothing else
-            while rest:
-                taken = self._file.write(rest)
-                if taken == 0:
-                    raise OSError("it takes no more bytes")
-                rest = b"" if taken is None else rest[taken:]
-            self._position = offset + len(data)
-
-    def write_hole(self, offset: int, size: int) -> None:
-        end = offset + size
-        while offset < end:
-            self.write(offset, ZEROS[: end - offset])
-            offset += min(READ_SIZE, end - offset)
-
-    def finish(self, size: int) -> None:
-        with _failing_as(TargetFailed, self.name):
-            self._file.flush()
-            descriptor = self._descriptor()
-            if descriptor is not None:
-                _sync(descriptor)
-
-    def _descriptor(self) -> int | None:
-        try:
-            descriptor = self._file.fileno()  # type: ignore[attr-defined]  # not all have one
-        except Exception:  # nor do those without one agree on how to say so
-            return None
-        return descriptor if isinstance(descriptor, int) else None
-
-
-def _sync(descriptor: int) -> None:
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # what can never be synced: a pipe, a character device
-            raise

@@ -20,8 +20,6 @@ from backupfs.repository.sessions import gc_lock_path
 from backupfs.staging.publish import publishing
 from backupfs.storage.locks import held_lock
 
-GC_SECONDS_MAX = 60.0
-
 
 def import_record(repository: Repository, catalogue: Catalogue, data: bytes) -> tuple[Record, bool]:
     """The backup that ``data`` describes, and whether it was there already; durable on return.
@@ -42,7 +40,7 @@ def import_record(repository: Repository, catalogue: Catalogue, data: bytes) -> 
             gc_lock_path(repository.folder),
             repository.ambient,
             what="gc to end, or an import",
-            seconds_max=GC_SECONDS_MAX,
+            seconds_max=repository.lock_seconds_max,
         ),
         publishing(repository),
     ):

@@ -50,6 +50,7 @@ from backupfs.reports import (
     VerifyReport,
 )
 from backupfs.repository import gc as garbage
+from backupfs.repository.metadata import check_metadata
 from backupfs.repository.rebuild import list_packs
 from backupfs.repository.records import as_damage
 from backupfs.repository.repository import Repository, init_repository
@@ -128,14 +129,28 @@ class Service:
 
     @classmethod
     def open(
-        cls, location: str, *, ambient: Ambient | None = None, beside_mount: bool = True
+        cls,
+        location: str,
+        *,
+        ambient: Ambient | None = None,
+        beside_mount: bool = True,
+        compression_level: int | None = None,
+        lock_seconds_max: float | None = None,
     ) -> Service:
         """Open a repository; with ``beside_mount`` all that was closed in a mount of it on this host
         before is seen as backups. Only the mount itself must not wait for itself.
 
-        Raises: RepositoryNotFound, CorruptObject, UnsupportedFormat, StorageError.
+        ``compression_level`` counts in place of the repository's own; other processes' locks are
+        waited for at most ``lock_seconds_max``.
+
+        Raises: RepositoryNotFound, InvalidOption, CorruptObject, UnsupportedFormat, StorageError.
         """
-        repository = Repository.open(location, ambient or Ambient())
+        repository = Repository.open(
+            location,
+            ambient or Ambient(),
+            compression_level=compression_level,
+            lock_seconds_max=lock_seconds_max,
+        )
         try:
             if beside_mount:
                 wait_for_mount(repository)
@@ -209,6 +224,7 @@ class Service:
         data_timestamp: datetime | None = None,
         description: Description | None = None,
         with_metadata: bool = True,
+        metadata: dict[str, Any] | None = None,
         source_mtime_ns: int | None = None,
         source_mode: int | None = None,
         progress: Progress = no_progress,
@@ -218,13 +234,18 @@ class Service:
 
         ``parent`` is ``LATEST`` (the volume's latest backup), the id of a backup, or None for a
         full one; a parent of another size, or one that is gone, gives a full backup as well. A
-        ``data_timestamp`` without a zone is UTC.
+        ``data_timestamp`` without a zone is UTC. ``metadata``
+        go into the backup in place of those that are kept for the volume.
 
         Raises:
-            InvalidName, ImageTooLarge, BackupExists, SourceFailed, Cancelled, StorageError: there
-                is no backup; what was stored for it is garbage for gc.
+            InvalidName, InvalidMetadata, ImageTooLarge, BackupExists, SourceFailed, Cancelled,
+            StorageError: there is no backup; what was stored for it is garbage for gc.
         """
         _check_volume(volume)
+        if metadata is not None:
+            check_metadata(metadata)
+        elif with_metadata:
+            metadata = self._metadata_for_backup(volume)
         if backup_id is not None:
             backup_id = canonical_backup_id(backup_id)
             self.catalogue.refresh()
@@ -239,7 +260,7 @@ class Service:
             source_mtime_ns=source_mtime_ns,
             source_mode=source_mode,
             stored_bytes=0,
-            metadata=self._metadata_for_backup(volume) if with_metadata else None,
+            metadata=metadata,
             description=description or Description(),
         )
         return back_up(

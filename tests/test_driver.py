@@ -472,7 +472,7 @@ def test_restore_is_on_the_disk_when_it_returns(driver, tmp_path, monkeypatch):
     backup = take(driver, b"data")
     synced = []
     monkeypatch.setattr(
-        "backupfs.driver.os.fsync",
+        "backupfs.openvolume.os.fsync",
         lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")),
     )
 

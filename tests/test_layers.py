@@ -22,13 +22,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "backupfs"
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "types", "ambient"),
     ("format", "storage"),
-    ("repository", "reports", "retention"),
+    ("repository", "reports", "retention", "openvolume"),
     ("catalogue", "image"),
     ("staging", "selecting"),
     ("copying", "importing"),
     ("service",),
     ("driver", "fuse", "hostfiles"),
-    ("daemon", "cinder"),
+    ("worker",),
+    ("daemon", "cinder", "cinder_url"),
     ("cli",),
 )
 
@@ -44,6 +45,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "cinder": ("cinder",),
     "oslo_config": ("cinder",),
     "oslo_log": ("cinder",),
+    "oslo_utils": ("cinder",),
     "click": ("cli",),
     "rich": ("cli",),
 }

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 from backupfs.ambient import Ambient
@@ -42,6 +43,8 @@ from backupfs.storage.local import LocalStorage, sync_folder
 from backupfs.storage.locate import local_folder, open_storage
 from backupfs.storage.oserrors import translated
 
+# How long to wait for another process that publishes, or whose gc is in the way.
+LOCK_SECONDS_MAX = 60.0
 WORKERS_MAX = 4
 # Accepted from writers and not stored yet; more only keeps memory busy.
 CREDIT_SIZE = 24 << 20
@@ -149,13 +152,28 @@ class Writer:
 class Repository:
     """An opened repository: its parts, for those who know what to do with them."""
 
-    def __init__(self, storage: LocalStorage, ambient: Ambient) -> None:
+    def __init__(
+        self,
+        storage: LocalStorage,
+        ambient: Ambient,
+        *,
+        compression_level: int | None = None,
+        lock_seconds_max: float | None = None,
+    ) -> None:
         self.storage = storage
         self.folder = storage.folder
         self.location = storage.location
         self.ambient = ambient
         self.ids = IdScheme()
         self.config = _read_config(storage, self.ids)
+        if compression_level is not None:
+            self.config = replace(self.config, compression_level=compression_level)
+            check_options(
+                chunk_size=self.config.chunk_size,
+                pack_size=self.config.pack_size,
+                compression_level=compression_level,
+            )
+        self.lock_seconds_max = LOCK_SECONDS_MAX if lock_seconds_max is None else lock_seconds_max
         self.index = Index.open(cache_folder(_cache_name(self.config, self.folder)))
         self.avoided = Avoided()
         self.records = RecordStore(storage, self.ids)
@@ -180,9 +198,24 @@ class Repository:
             raise
 
     @classmethod
-    def open(cls, location: str, ambient: Ambient) -> Repository:
-        """Raises: RepositoryNotFound, CorruptObject, UnsupportedFormat, StorageError."""
-        return cls(open_storage(location, ambient), ambient)
+    def open(
+        cls,
+        location: str,
+        ambient: Ambient,
+        *,
+        compression_level: int | None = None,
+        lock_seconds_max: float | None = None,
+    ) -> Repository:
+        """``None`` stands for the repository's own level, and for ``LOCK_SECONDS_MAX``.
+
+        Raises: RepositoryNotFound, InvalidOption, CorruptObject, UnsupportedFormat, StorageError.
+        """
+        return cls(
+            open_storage(location, ambient),
+            ambient,
+            compression_level=compression_level,
+            lock_seconds_max=lock_seconds_max,
+        )
 
     def close(self) -> None:
         """End all parts; what was stored is durable when this returns."""

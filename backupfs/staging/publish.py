@@ -19,8 +19,6 @@ from backupfs.repository.repository import Repository
 from backupfs.staging.draft import Content
 from backupfs.storage.locks import FileLock, held_lock
 
-LOCK_SECONDS_MAX = 60.0
-
 # Stands for the volume's latest backup where a parent is asked for.
 LATEST = "latest"
 
@@ -109,5 +107,5 @@ def publishing(repository: Repository) -> AbstractContextManager[FileLock]:
         repository.folder / "locks" / "publish",
         repository.ambient,
         what="publishing a backup",
-        seconds_max=LOCK_SECONDS_MAX,
+        seconds_max=repository.lock_seconds_max,
     )
