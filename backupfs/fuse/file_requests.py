@@ -22,6 +22,7 @@ from backupfs.fuse.requests import Requests, answered, staged_entry, text_of
 from backupfs.service import Image
 from backupfs.staging.lifecycle import is_temporary
 from backupfs.staging.staged_file import StagedFile
+from backupfs.types import IMAGE_SIZE_MAX
 
 
 class FileRequests(Requests):
@@ -122,6 +123,8 @@ class FileRequests(Requests):
         handle = self._handles[fh]
         if isinstance(handle, StagedWriter):
             area, staged = self._writable(), handle.staged
+            if off + len(buf) > IMAGE_SIZE_MAX:
+                raise FUSEError(errno.EFBIG)  # and nothing counts as written
             if staged.wants_mark:
                 await self.threads.slow(area.begin_writing, handle.handle)
             area.note_write(handle.handle)

@@ -184,3 +184,36 @@ def test_failing_copy_that_ends_short_of_the_latest_backup_is_held(mounted: Moun
     assert "smaller" in draft["reason"]
     run("cp", mounted.image(IMAGE), mounted.staging / "web01.img")
     mounted.assert_backups("web01", IMAGE, IMAGE)
+
+
+@pytest.mark.parametrize(
+    "moment", ["@-1", "1950-01-01Z", "2250-01-01Z", "@99999999999", "2500-01-01Z"]
+)
+def test_images_of_odd_times_are_backups(mounted: Mounted, moment: str) -> None:
+    """Times that cannot be kept become the nearest that can."""
+    source = mounted.image(IMAGE[:MIB])
+    run("touch", "-d", moment, source)
+    seconds = int(source.stat().st_mtime)
+
+    run("cp", "-p", source, mounted.staging / "web01.img")
+    run("touch", "-d", moment, mounted.staging / "web01.img")
+    mounted.remount()
+
+    mounted.assert_backups("web01", IMAGE[:MIB])
+    shown = int((mounted.staging / "web01.img").stat().st_mtime)
+    assert shown == min(seconds, (1 << 63) // 10**9)
+
+
+def test_backup_is_copied_within_the_mount(mounted: Mounted) -> None:
+    """How one goes back to an earlier backup: nothing is stored for it."""
+    changed = patched(IMAGE, 0, b"changed")
+    target = mounted.staging / "web01.img"
+    run("cp", mounted.image(IMAGE), target)
+    run("cp", mounted.image(changed), target)
+
+    run("cp", mounted.volumes / "web01" / mounted.names("web01")[0], target)
+    run("cp", target, mounted.staging / "web02.img")
+
+    mounted.assert_backups("web01", IMAGE, changed, IMAGE)
+    mounted.assert_backups("web02", IMAGE)
+    assert mounted.stored_bytes("web01") == mounted.stored_bytes("web02") == 0

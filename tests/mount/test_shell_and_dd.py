@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from mounted import MIB, Mounted, assert_same, becomes, patched, random_bytes, run, shell
+import pytest
+from mounted import (
+    CHUNK_SIZE,
+    MIB,
+    Mounted,
+    assert_same,
+    becomes,
+    patched,
+    random_bytes,
+    run,
+    shell,
+)
 
 IMAGE = random_bytes(8 * MIB)
 FIRST, SECOND = IMAGE[: 3 * MIB + 11], IMAGE[3 * MIB + 11 :]
@@ -231,3 +242,41 @@ def test_shrunken_head_is_held_and_grows_back_with_zeros(mounted: Mounted) -> No
     assert_same(target, IMAGE[:100001])
     run("truncate", "-s", "8M", target)
     mounted.assert_backups("web01", IMAGE, IMAGE[:100001].ljust(8 * MIB, b"\0"))
+
+
+def test_image_of_a_tebibyte_with_little_in_it(mounted: Mounted) -> None:
+    target = mounted.staging / "web01.img"
+    end = mounted.image(b"end", "end")
+    middle = mounted.image(b"middle", "middle")
+    script = """
+        exec 3<>"$1"
+        dd if="$2" bs=1 seek=1T conv=notrunc status=none of="$1"
+        dd if="$3" bs=1M seek=500000 conv=notrunc status=none of="$1"
+    """
+
+    shell(script, target, end, middle)
+
+    (name,) = mounted.names("web01")
+    state = (mounted.volumes / "web01" / name).stat()
+    assert state.st_size == (1 << 40) + 3
+    assert state.st_blocks * 512 <= 2 * CHUNK_SIZE
+    with mounted.latest("web01").open("rb") as file:
+        file.seek(500000 << 20)
+        assert file.read(8) == b"middle\0\0"
+        file.seek(1 << 40)
+        assert file.read() == b"end"
+
+
+def test_write_far_beyond_what_can_be_kept_is_too_large_and_no_backup(
+    mount_with_settle: Mounted,
+) -> None:
+    mounted = mount_with_settle
+    target = mounted.staging / "web01.img"
+    words = [f"if={mounted.image(IMAGE)}", "bs=1", "count=1", "conv=notrunc"]
+
+    ended = run("dd", *words, f"of={target}", "seek=7E", check=False)
+
+    assert ended.returncode != 0 and b"File too large" in ended.stderr
+    assert not becomes(lambda: mounted.names("web01") != [], seconds=2.5)
+    with target.open("rb+") as file, pytest.raises(OSError, match="File too large"):
+        file.truncate(1 << 60)

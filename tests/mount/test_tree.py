@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
 import stat
+import struct
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
@@ -287,3 +289,51 @@ def test_head_reads_as_the_latest_backup_after_a_remount(mounted: Mounted) -> No
     assert_same(mounted.staging / "web01.img", HOLED)
     run("dd", "if=/dev/zero", f"of={mounted.staging}/web01.img", "bs=1M", "count=1", "conv=notrunc")
     mounted.assert_backups("web01", HOLED, bytes(MIB) + HOLED[MIB:])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root opens files by their handles")
+def test_file_handles_of_nfs_outlive_the_mount(mounted: Mounted) -> None:
+    """A server of NFS gives its clients handles, made of inode numbers, and keeps nothing else."""
+    run("cp", mounted.image(IMAGE), mounted.staging / "web01.img")
+    backup = mounted.volumes / "web01" / mounted.names("web01")[0]
+    paths = [
+        backup,
+        mounted.staging / "web01.img",
+        mounted.backups / f"{mounted.xattr(backup, 'id')}.msgpack",
+        mounted.volumes / "web01" / "metadata.json",
+    ]
+    wanted = [path.read_bytes() for path in paths]
+    handles = [handle_of(path) for path in paths]
+
+    mounted.remount()
+
+    assert [content_of(handle, mounted.path) for handle in handles] == wanted
+    run("rm", backup)
+    with pytest.raises(OSError, match="Stale"):
+        content_of(handles[0], mounted.path)
+
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+HANDLE_SIZE_MAX = 128
+
+
+def handle_of(path: Path) -> ctypes.Array[ctypes.c_char]:
+    """name_to_handle_at(2)."""
+    handle = ctypes.create_string_buffer(struct.pack("Ii", HANDLE_SIZE_MAX, 0), HANDLE_SIZE_MAX + 8)
+    if LIBC.name_to_handle_at(-100, bytes(path), handle, ctypes.byref(ctypes.c_int()), 0):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return handle
+
+
+def content_of(handle: ctypes.Array[ctypes.c_char], mountpoint: Path) -> bytes:
+    """What open_by_handle_at(2) opens."""
+    place = os.open(mountpoint, os.O_RDONLY)
+    try:
+        descriptor = LIBC.open_by_handle_at(place, handle, os.O_RDONLY)
+        code = ctypes.get_errno()
+    finally:
+        os.close(place)
+    if descriptor < 0:
+        raise OSError(code, os.strerror(code))
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read()
