@@ -66,7 +66,9 @@ class Verification:
         if self._bad:
             self._repository.reader.note_damage(self._bad)
             for record in records:
-                self._name_hits(record)
+                # Deleted meanwhile, and collected: that is no damage.
+                if self._repository.records.exists(record.backup_id):
+                    self._name_hits(record)
 
     def data_size(self) -> int:
         """Bytes of all packs: what ``run`` reports progress towards, at most."""
