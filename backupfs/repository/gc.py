@@ -15,7 +15,14 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from backupfs.errors import Busy, CorruptObject, DamageError, LockTimeout, StorageFull
+from backupfs.errors import (
+    Busy,
+    CorruptObject,
+    DamageError,
+    LockTimeout,
+    StorageFull,
+    StorageUnavailable,
+)
 from backupfs.format.pack import ENTRY, TAIL_SIZE, PackEntry, pack_name
 from backupfs.repository.images import Root
 from backupfs.repository.marking import Marker, Reached, draft_roots
@@ -32,7 +39,7 @@ from backupfs.repository.sessions import (
 )
 from backupfs.storage.locks import FileLock, holder, try_lock
 from backupfs.storage.oserrors import translated
-from backupfs.types import PackId, Progress
+from backupfs.types import BlobId, PackId, Progress
 
 log = logging.getLogger(__name__)
 
@@ -115,14 +122,13 @@ class _Run:
         self._progress = progress
         self._reserve = reserve
         self._watch = SessionWatch(repository.folder, repository.storage)
+        self._missing: set[BlobId] = set()  # reached, and in no pack even by a new index
 
     def run(self) -> Collected:
         self._clean_after_the_dead()
         self._repository.refresh_index()
         packs = list_packs(self._storage)
-        # Only what the index lists can be told dead from alive; a pack with a bad footer stays.
-        known = self._repository.index.pack_ids() & packs.keys()
-        condemned = self._condemn(known, packs, self._mark(set()))
+        condemned = self._choose(packs)
         deleted: set[PackId] = set()
         repacked: set[PackId] = set()
         if condemned:
@@ -149,6 +155,28 @@ class _Run:
                 shutil.rmtree(path, ignore_errors=True)
         self._storage.clean_temporary()
 
+    def _choose(self, packs: dict[PackId, int]) -> set[PackId]:
+        """The packs to condemn, by an index that agrees with the packs.
+
+        An entry that was lost or is wrong would make what lies there look dead, so at the first
+        doubt the index is brought up to date, then made anew. What is missing even then is damage.
+        """
+        for make_sure in (None, self._repository.refresh_index, self._repository.renew_index):
+            if make_sure is not None:
+                log.warning("the index does not agree with the packs: looking at these again")
+                make_sure()
+            reached = self._mark(set())
+            # Only what the index lists can be told dead from alive; a pack with a bad footer stays.
+            known = self._repository.index.pack_ids() & packs.keys()
+            condemned, agrees = self._condemn(known, packs, reached)
+            if agrees and not reached.missing:
+                return condemned
+        if not agrees:
+            raise StorageUnavailable(reason="the index does not agree with the packs")
+        log.warning("%d blobs are missing (see verify)", len(reached.missing))
+        self._missing = reached.missing
+        return condemned
+
     def _mark(self, acknowledged: set[Root]) -> Reached:
         repository = self._repository
         marker = Marker(repository.reader, repository.index)
@@ -160,14 +188,14 @@ class _Run:
         if unreadable:
             raise next(iter(unreadable.values()))
         marker.mark(Root(record.root, record.height) for record in records.values())
-        if marker.reached.missing:
-            log.warning("%d blobs are missing (see verify)", len(marker.reached.missing))
         return marker.reached
 
     def _condemn(
         self, known: set[PackId], packs: dict[PackId, int], reached: Reached
-    ) -> set[PackId]:
+    ) -> tuple[set[PackId], bool]:
+        """The packs to condemn, and whether all that was reached lies where the index says."""
         condemned, small = set(), set()
+        agrees = True
         suspects = self._repository.index.suspects()
         for pack_id in known:
             alive = self._alive(pack_id, packs[pack_id], reached)
@@ -175,6 +203,7 @@ class _Run:
             self._progress(size)
             if alive is None:
                 continue
+            agrees &= len(alive) == len(reached.offsets(pack_id))
             # What the pack would be without its dead.
             alive_size = TAIL_SIZE + sum(entry.size + ENTRY.size for entry in alive)
             is_thin = (size - alive_size) * 100 >= size * THIN_DEAD_PERCENT
@@ -184,7 +213,7 @@ class _Run:
                 small.add(pack_id)
         if len(small) >= SMALL_PACKS_MIN:
             condemned |= small
-        return condemned
+        return condemned, agrees
 
     def _alive(self, pack_id: PackId, size: int, reached: Reached) -> list[PackEntry] | None:
         """The blobs of a pack that were reached; None where its footer cannot be read now."""
@@ -207,6 +236,11 @@ class _Run:
             self._wait_for_sessions(plan)
             acknowledged = self._watch.acknowledged_roots(plan.plan_id)
             reached = self._mark(acknowledged)
+            if reached.missing - self._missing:  # packs of others that were not taken in yet?
+                self._repository.refresh_index()
+                reached = self._mark(acknowledged)
+            if reached.missing - self._missing:
+                raise StorageUnavailable(reason="blobs are missing that were there (see verify)")
             dead = {pack_id for pack_id in condemned if not reached.offsets(pack_id)}
             self._delete(dead)
             thin = sorted(condemned - dead)
@@ -275,7 +309,7 @@ class _Run:
     def _copy_alive(self, pack_id: PackId, size: int, reached: Reached) -> bool:
         """Hand what is alive in a pack to the packer; False where some of it is damaged."""
         alive = self._alive(pack_id, size, reached)
-        if alive is None:
+        if alive is None or len(alive) != len(reached.offsets(pack_id)):
             return False
         packer = self._repository.writer().packer
         for entry in alive:

@@ -92,7 +92,7 @@ class Index:
         return self._find(blob_ids, with_damaged=False)
 
     def _find(self, blob_ids: Sequence[BlobId], *, with_damaged: bool) -> list[BlobLocation | None]:
-        with self._environment.begin() as transaction:
+        with self._reading() as transaction:
             pack_ids = self._known_packs(transaction)
             found = [transaction.get(blob_id[:KEY_SIZE], db=self._blobs) for blob_id in blob_ids]
             if not with_damaged and transaction.stat(self._damaged)["entries"]:
@@ -102,7 +102,7 @@ class Index:
         locations: list[BlobLocation | None] = []
         for value in found:
             location = None
-            if value is not None:
+            if value is not None and len(value) == LOCATION.size:
                 number, offset, size = LOCATION.unpack(value)
                 pack_id = pack_ids.get(number)
                 if pack_id is not None:
@@ -153,7 +153,7 @@ class Index:
 
     def gaps(self) -> bytes | None:
         """None, or a mark that blobs may count as absent of which some pack has a copy."""
-        with self._environment.begin() as transaction:
+        with self._reading() as transaction:
             mark: bytes | None = transaction.get(b"gaps", db=self._meta)
             return mark
 
@@ -179,7 +179,7 @@ class Index:
 
     def pack_ids(self) -> set[PackId]:
         """The packs taken in and not forgotten."""
-        with self._environment.begin() as transaction:
+        with self._reading() as transaction:
             return set(self._known_packs(transaction).values())
 
     def mark_damaged(self, blob_ids: Iterable[BlobId]) -> None:
@@ -194,12 +194,12 @@ class Index:
 
     def is_damaged(self, blob_id: BlobId) -> bool:
         """Whether a blob is marked as damaged."""
-        with self._environment.begin() as transaction:
+        with self._reading() as transaction:
             return transaction.get(blob_id, db=self._damaged) is not None
 
     def damaged(self) -> frozenset[BlobId]:
         """The blobs marked as damaged and not stored again since; empty but for bad luck."""
-        with self._environment.begin() as transaction:
+        with self._reading() as transaction:
             if not transaction.stat(self._damaged)["entries"]:
                 return frozenset()
             with transaction.cursor(db=self._damaged) as cursor:
@@ -208,14 +208,14 @@ class Index:
     def suspects(self) -> set[PackId]:
         """Packs with a damaged copy of a blob that is whole in another pack."""
         with (
-            self._environment.begin() as transaction,
+            self._reading() as transaction,
             transaction.cursor(db=self._suspects) as cursor,
         ):
             return {PackId(bytes(pack_id)) for pack_id in cursor.iternext(values=False)}
 
     def entry_count(self) -> int:
         """Blobs listed, those of packs that are gone among them."""
-        with self._environment.begin() as transaction:
+        with self._reading() as transaction:
             return int(transaction.stat(self._blobs)["entries"])
 
     def clear(self) -> None:
@@ -224,6 +224,16 @@ class Index:
             for database in self._databases():
                 transaction.drop(database, delete=False)
             self._bump_generation(transaction)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[Any]:
+        """A transaction that reads. Raises: StorageUnavailable."""
+        try:
+            with self._environment.begin() as transaction:
+                yield transaction
+        except (lmdb.Error, struct.error) as error:
+            reason = f"index in {str(self._folder)!r}: {error} (it is a cache: remove it)"
+            raise StorageUnavailable(reason=reason) from error
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[Any]:

@@ -246,6 +246,12 @@ class Repository:
             self._refreshed_at = self.ambient.monotonic()
             return damage
 
+    def renew_index(self) -> list[CorruptObject]:
+        """Forget the index and make it again from the packs; see ``rebuild``."""
+        with self._refresh_lock:
+            self.index.clear()
+        return self.refresh_index()
+
     def _refresh_for_reader(self, *, is_known: bool) -> None:
         is_recent = self.ambient.monotonic() - self._refreshed_at <= REFRESH_SECONDS
         if not (is_known and is_recent):
