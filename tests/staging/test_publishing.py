@@ -16,7 +16,6 @@ from backupfs.errors import BackupExists, LockTimeout, StorageUnavailable
 from backupfs.repository.images import Root
 from backupfs.repository.repository import Repository
 from backupfs.service import Record, Service
-from backupfs.staging import publish as publish_module
 from backupfs.staging.draft import Content
 from backupfs.staging.publish import Publication, publish
 from backupfs.storage.locks import try_lock
@@ -177,12 +176,12 @@ def test_a_parent_that_is_gone_or_unwanted_is_none(service):
     assert parent_with(kept.backup_id) == kept.backup_id
 
 
-def test_a_publisher_who_never_ends_is_waited_for_and_then_named(location, monkeypatch):
-    monkeypatch.setattr(publish_module, "LOCK_SECONDS_MAX", 0.2)
+def test_a_publisher_who_never_ends_is_waited_for_and_then_named(location):
     lock = try_lock(Path(location) / "locks" / "publish")
     lock.describe("process 7")
 
     with Service.open(location) as service:
+        service.repository.lock_seconds_max = 0.2
         with pytest.raises(LockTimeout, match="process 7"):
             back_up(service, b"data")
         assert service.backups() == []
