@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from pathlib import Path
 
 import pytest
 from support.ambients import SetClock
-from support.faulty import SteppedStorage
+from support.faulty import UNAVAILABLE, FaultyStorage, SteppedStorage
 from support.images import back_up, noise
 
 from backupfs.catalogue import Catalogue, Change
+from backupfs.errors import StorageError
 from backupfs.format.ids import IdScheme
 from backupfs.format.record import record_name
 from backupfs.repository.records import RecordStore
@@ -218,3 +220,24 @@ def test_many_who_refresh_publish_and_delete_end_with_the_truth(service, catalog
     catalogue.refresh()
     assert problems == []
     assert set(ids(catalogue)) == {record.backup_id for record in alive}
+
+
+@pytest.mark.xfail(
+    strict=True, reason="what was unreadable is not looked at again before the folder changes"
+)
+def test_a_record_that_could_not_be_read_for_a_moment_comes_back(service, location, monkeypatch):
+    """A network that hiccups must not hide a backup from a mount until something else changes."""
+    records = in_order(service, 3)
+    storage = FaultyStorage(location)
+    monkeypatch.setattr(storage, "change_mark", lambda _prefix: 7)
+    catalogue = Catalogue(RecordStore(storage, IdScheme()), storage)
+    storage.fail_at(3, UNAVAILABLE)
+    with contextlib.suppress(StorageError):
+        catalogue.refresh()
+    assert storage.fired
+
+    storage.repair()
+    catalogue.refresh()
+
+    assert catalogue.all() == records
+    assert catalogue.unreadable() == []
