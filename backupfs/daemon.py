@@ -16,7 +16,11 @@ import select
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TypeVar
 
 from backupfs.ambient import Ambient
 from backupfs.errors import BackupfsError, Busy, MountFailed, UnmountFailed
@@ -31,7 +35,10 @@ __all__ = ["MountOptions", "mount", "parse_mount_options", "unmount"]
 
 log = logging.getLogger("backupfs")
 
+Answer = TypeVar("Answer")
+
 START_SECONDS_MAX = 120.0
+ANSWER_SECONDS_MAX = 20.0
 REPORT_SIZE_MAX = 4096
 
 
@@ -70,9 +77,9 @@ def unmount(mountpoint: str, *, timeout: float = 300) -> None:
     target = Path(os.path.realpath(target.parent)) / target.name
     if mount_device(target) is None:
         raise UnmountFailed(mountpoint=mountpoint, reason="no backupfs is mounted there")
-    process = _daemon_of(target)
     try:
-        is_dead = process is None and _is_dead(target)
+        process = _asked(_daemon_of, target)
+        is_dead = process is None and _asked(_is_dead, target)
     except OSError as error:
         raise UnmountFailed(mountpoint=mountpoint, reason=str(error)) from error
     _call_umount(target, is_dead=is_dead)
@@ -111,7 +118,7 @@ def _checked_mountpoint(location: str, mountpoint: str) -> Path:
 def _clear_dead_mount(target: Path) -> None:
     """Remove what a killed daemon left mounted; a living mount is never touched."""
     try:
-        is_dead = _is_dead(target)
+        is_dead = _asked(_is_dead, target)
     except OSError as error:
         raise MountFailed(mountpoint=str(target), reason=str(error)) from error
     if is_dead and mount_device(target) is not None:
@@ -120,6 +127,27 @@ def _clear_dead_mount(target: Path) -> None:
     elif is_dead:
         reason = os.strerror(errno.ENOTCONN)
         raise MountFailed(mountpoint=str(target), reason=f"another file system there: {reason}")
+
+
+def _asked(ask: Callable[[Path], Answer], target: Path) -> Answer:
+    """What a mount answers: one whose daemon is stopped or stuck must not hold us for ever.
+
+    Raises: OSError (TimeoutError: no answer).
+    """
+    answer: Future[Answer] = Future()
+
+    def work() -> None:
+        try:
+            answer.set_result(ask(target))
+        except OSError as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return answer.result(ANSWER_SECONDS_MAX)
+    except TimeoutError:
+        reason = f"what is mounted there did not answer in {ANSWER_SECONDS_MAX:.0f} s"
+        raise TimeoutError(reason) from None
 
 
 def _is_dead(target: Path) -> bool:

@@ -27,6 +27,10 @@ from lifecycle_mount import (
     kill_and_wait,
 )
 
+from backupfs import daemon
+from backupfs.daemon import MountOptions
+from backupfs.errors import MountFailed, UnmountFailed
+
 IS_ROOT = os.geteuid() == 0
 
 
@@ -373,6 +377,24 @@ def test_stopped_daemon_is_alive_and_left_alone(mounted: Site) -> None:
     assert process.wait(timeout=30) != 0
     assert mounted.daemon() == daemon
     assert (mounted.path / "README.txt").exists()
+
+
+def test_daemon_that_does_not_answer_is_waited_for_a_while_only(
+    mounted: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon, "ANSWER_SECONDS_MAX", 1.0)
+    process = mounted.daemon()
+    os.kill(process, signal.SIGSTOP)
+    try:
+        with pytest.raises(UnmountFailed, match="did not answer"):
+            daemon.unmount(str(mounted.path))
+        with pytest.raises(MountFailed, match="did not answer"):
+            daemon.mount(str(mounted.repo), str(mounted.path), MountOptions(), foreground=True)
+    finally:
+        os.kill(process, signal.SIGCONT)
+
+    assert mounted.daemon() == process
+    mounted.unmount()
 
 
 # -- logs --------------------------------------------------------------------------------------
