@@ -16,6 +16,7 @@ from typing import Any
 
 from backupfs.catalogue import Catalogue
 from backupfs.errors import (
+    BackupExists,
     BackupfsError,
     CorruptObject,
     DamageError,
@@ -23,6 +24,7 @@ from backupfs.errors import (
     InvalidName,
     NameTaken,
     NothingToPublish,
+    ObjectExists,
     StorageError,
 )
 from backupfs.format.names import PART_SIZE_MAX, check_volume_name, folders_of, volume_of
@@ -359,28 +361,32 @@ class StagingArea:
 
     def _publish(self, staged: StagedFile) -> Record:
         assert staged.volume is not None
-        metadata = self._metadata_of(staged.volume)
-        content = staged.draft.saved
-        with self._writer.session.holding(content.root):
-            record = publish(
-                self._repository,
-                self._catalogue,
-                content,
-                Publication(
-                    volume=staged.volume,
-                    backup_id=staged.next_id,
-                    data_timestamp=self._ambient.now(),
-                    source_mtime_ns=staged.mtime_ns if staged.mtime_given else None,
-                    source_mode=staged.mode,
-                    stored_bytes=staged.stored_bytes,
-                    metadata=metadata,
-                ),
-            )
+        try:
+            record = self._write_record(staged, staged.volume)
+        except (BackupExists, ObjectExists):
+            # An earlier try did write its record, unknown to us, and the content is another now.
+            staged.next_id = self._ambient.new_uuid()
+            self._keeper.save(staged)
+            record = self._write_record(staged, staged.volume)
         staged.became_backup(record.backup_id, self._ambient.new_uuid())
         self.events.add("published", staged.name, f"{record.backup_id} as {record.name}")
         # The backup exists, whether or not this is kept: its record tells the next start as well.
         self._save_if_possible(staged)
         return record
+
+    def _write_record(self, staged: StagedFile, volume: str) -> Record:
+        content = staged.draft.saved
+        publication = Publication(
+            volume=volume,
+            backup_id=staged.next_id,
+            data_timestamp=self._ambient.now(),
+            source_mtime_ns=staged.mtime_ns if staged.mtime_given else None,
+            source_mode=staged.mode,
+            stored_bytes=staged.stored_bytes,
+            metadata=self._metadata_of(volume),
+        )
+        with self._writer.session.holding(content.root):
+            return publish(self._repository, self._catalogue, content, publication)
 
     def _metadata_of(self, volume: str) -> dict[str, Any] | None:
         """A backup without its volume's metadata is better than none."""

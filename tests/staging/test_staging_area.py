@@ -809,6 +809,32 @@ def test_publishing_that_failed_is_tried_by_the_next_daemon(location):
         assert images(service) == [IMAGE]
 
 
+def test_a_copy_after_a_publish_whose_answer_was_lost_is_another_backup(location):
+    """The id that was meant for the first is taken by it, though nobody was told."""
+    service, area, storage = faulty_area(location)
+    with service:
+        handle = create(area, "vm.img")
+        write(area, handle, IMAGE)
+        area.flush(handle, interrupted=False)
+        real = storage.put_new
+
+        def lose_the_answer(name, data):
+            real(name, data)
+            if name.startswith("records/"):
+                raise StorageUnavailable(reason="the answer was lost")
+
+        storage.put_new = lose_the_answer
+        area.release(handle, interrupted=False)
+        storage.put_new = real
+        assert state(area, "vm.img").startswith("held: publishing failed")
+
+        copy(area, "vm.img", OTHER)
+
+        assert state(area, "vm.img") == "published"
+        assert images(service) == [IMAGE, OTHER]
+        area.close()
+
+
 def test_a_rename_that_cannot_be_kept_has_not_happened(service, area, monkeypatch):
     copy(area, "new.part", IMAGE)
 
