@@ -250,6 +250,38 @@ def _child_of(process_id: int) -> int:
     return int(children[0]) if children else process_id
 
 
+@pytest.mark.parametrize("opener", ["main", "ended", "living"])
+def test_program_that_ends_by_itself_with_threads_running_was_not_killed(
+    mounted: Mounted, opener: str
+) -> None:
+    """Its end kills the other threads, one of which may be the one that opened the file."""
+    script = """
+import os, sys, threading, time
+target, opener = sys.argv[1:]
+def copy(then_sleep):
+    global file
+    file = os.open(target, os.O_CREAT | os.O_WRONLY)
+    os.write(file, b"x" * 3000000)
+    done.set()
+    if then_sleep:
+        time.sleep(100)
+done = threading.Event()
+for _ in range(10):
+    threading.Thread(target=time.sleep, args=(100,), daemon=True).start()
+if opener == "main":
+    copy(False)
+else:
+    threading.Thread(target=copy, args=(opener == "living",), daemon=True).start()
+done.wait()
+time.sleep(0.05)
+os._exit(0)
+"""
+
+    for number in range(5):
+        run(sys.executable, "-c", script, mounted.staging / f"web{number}.img", opener)
+        mounted.assert_backups(f"web{number}", b"x" * 3_000_000)
+
+
 # -- programs that close in good order ---------------------------------------------------------
 
 
