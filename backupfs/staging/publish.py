@@ -54,7 +54,8 @@ def publish(
         catalogue.refresh()
         earlier = catalogue.get(publication.backup_id)
         if earlier is not None:
-            if earlier.root == content.root.root and earlier.size == content.size:
+            same = (earlier.volume, earlier.root, earlier.size)
+            if same == (publication.volume, content.root.root, content.size):
                 return earlier
             raise BackupExists(backup_id=publication.backup_id)
         parent = _parent(catalogue, publication, content.size)

@@ -809,7 +809,8 @@ def test_publishing_that_failed_is_tried_by_the_next_daemon(location):
         assert images(service) == [IMAGE]
 
 
-def test_a_copy_after_a_publish_whose_answer_was_lost_is_another_backup(location):
+@pytest.mark.parametrize("then", ["copied over", "renamed"])
+def test_what_comes_after_a_publish_whose_answer_was_lost_is_another_backup(location, then):
     """The id that was meant for the first is taken by it, though nobody was told."""
     service, area, storage = faulty_area(location)
     with service:
@@ -828,10 +829,13 @@ def test_a_copy_after_a_publish_whose_answer_was_lost_is_another_backup(location
         storage.put_new = real
         assert state(area, "vm.img").startswith("held: publishing failed")
 
-        copy(area, "vm.img", OTHER)
-
-        assert state(area, "vm.img") == "published"
-        assert images(service) == [IMAGE, OTHER]
+        if then == "copied over":
+            copy(area, "vm.img", OTHER)
+            assert state(area, "vm.img") == "published"
+            assert images(service) == [IMAGE, OTHER]
+        else:
+            area.rename("vm.img", "clone.img")
+            assert images(service) == images(service, "clone") == [IMAGE]
         area.close()
 
 
