@@ -250,7 +250,7 @@ class Site:
 
     def _end_mount(self, path: Path) -> None:
         ended = subprocess.run(
-            ["umount", "--", str(path)], capture_output=True, text=True, timeout=60, check=False
+            umount_words(path), capture_output=True, text=True, timeout=60, check=False
         )
         assert ended.returncode == 0, f"{ended.stderr} {self.log_text()[-2000:]}"
 
@@ -259,7 +259,7 @@ class Site:
             if is_alive(process_id):
                 kill_and_wait(process_id)
         for path in mounts_below(self.folder):
-            subprocess.run(["umount", "-l", "--", str(path)], timeout=30, check=False)
+            subprocess.run(umount_words(path, lazy=True), timeout=30, check=False)
 
     def _bark(self) -> None:
         """Time is over. Whoever waits for a daemon gets an error when it is dead."""
@@ -362,6 +362,12 @@ def mounts_below(folder: Path) -> list[Path]:
         if fields[fields.index("-") + 1].startswith("fuse") and path.is_relative_to(folder):
             found.append(path)
     return found[::-1]
+
+
+def umount_words(path: Path, *, lazy: bool = False) -> list[str]:
+    if os.geteuid() == 0:
+        return ["umount", *(["-l"] if lazy else []), "--", str(path)]
+    return ["fusermount3", "-uz" if lazy else "-u", "--", str(path)]
 
 
 def is_mounted(path: Path) -> bool:
