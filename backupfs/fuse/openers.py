@@ -36,17 +36,21 @@ def was_killed(process_id: int) -> bool:
         tasks = os.listdir(f"/proc/{process_id}/task")
     except OSError:
         return False
-    return any(_is_signaled(Path(f"/proc/{process_id}/task/{task}/stat")) for task in tasks)
+    flags = [_flags(Path(f"/proc/{process_id}/task/{task}/stat")) for task in tasks]
+    known = [found for found in flags if found is not None]
+    # All of them: a program that ends by itself kills its other threads, but not the one that ends.
+    return bool(known) and all(found & PF_SIGNALED for found in known)
 
 
-def _is_signaled(path: Path) -> bool:
+def _flags(path: Path) -> int | None:
+    """A task's flags; None where it is gone."""
     try:
         line = path.read_bytes()
     except OSError:
-        return False
+        return None
     # The name, field 2, may hold anything, parentheses too: the last one ends it.
     fields = line.rpartition(b")")[2].split()
     try:
-        return bool(int(fields[_FLAGS_AFTER_NAME]) & PF_SIGNALED)
+        return int(fields[_FLAGS_AFTER_NAME])
     except (IndexError, ValueError):
-        return False
+        return None

@@ -277,7 +277,7 @@ time.sleep(0.05)
 os._exit(0)
 """
 
-    for number in range(5):
+    for number in range(8):
         run(sys.executable, "-c", script, mounted.staging / f"web{number}.img", opener)
         mounted.assert_backups(f"web{number}", b"x" * 3_000_000)
 
