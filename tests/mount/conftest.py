@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from lifecycle.command_server import CommandServer
 from mounted import Mounted, mounted_repository, mounts_below
 
 CAN_MOUNT = (
@@ -44,20 +45,28 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandServer]:
+    """Runs our commands, and starts daemons, without a new interpreter for each."""
+    server = CommandServer(tmp_path_factory.mktemp("commands"))
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def mounted(work: Path) -> Iterator[Mounted]:
+def mounted(work: Path, commands: CommandServer) -> Iterator[Mounted]:
     """An empty repository, mounted with the usual options."""
-    with mounted_repository(work) as found:
+    with mounted_repository(work, commands) as found:
         yield found
 
 
 @pytest.fixture
-def mount_with(work: Path) -> Iterator[Callable[[str], Mounted]]:
+def mount_with(work: Path, commands: CommandServer) -> Iterator[Callable[[str], Mounted]]:
     """Mount an empty repository with options of the test's choice; once a test."""
     opened = []
 
     def open_mount(options: str) -> Mounted:
-        context = mounted_repository(work, options)
+        context = mounted_repository(work, commands, options)
         found = context.__enter__()
         opened.append(context)
         return found

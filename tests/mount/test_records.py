@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lifecycle.command_server import CommandServer
 from mounted import (
     MIB,
     Mounted,
@@ -78,7 +79,8 @@ def test_record_is_a_small_file_and_the_same_as_the_command_exports(
     record = mounted.backups / f"{exported.backup_id}.msgpack"
 
     assert record.stat().st_size == len(exported.content) < 4096
-    assert mounted.command("export", exported.backup_id).stdout == exported.content
+    mounted.command("export", exported.backup_id, mounted.folder / "export")
+    assert (mounted.folder / "export").read_bytes() == exported.content
 
 
 @pytest.mark.parametrize(
@@ -235,10 +237,10 @@ def test_record_without_its_data_is_refused(mounted: Mounted, exported: Exported
 
 
 def test_record_of_another_repository_is_refused(
-    mounted: Mounted, exported: Exported, work: Path
+    mounted: Mounted, exported: Exported, work: Path, commands: CommandServer
 ) -> None:
     (work / "other").mkdir()
-    with mounted_repository(work / "other") as other:
+    with mounted_repository(work / "other", commands) as other:
         run("cp", other.image(IMAGE), other.staging / "web01.img")
 
         assert errno_of_writing(other.backups / "x.msgpack", exported.content) == errno.EINVAL
@@ -290,12 +292,15 @@ def test_other_names_are_refused_in_backups(mounted: Mounted, exported: Exported
 
 
 @pytest.fixture(scope="module")
-def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Mounted, bytes]]:
+def hostile(
+    tmp_path_factory: pytest.TempPathFactory, commands: CommandServer
+) -> Iterator[tuple[Mounted, bytes]]:
     """A mount with one backup that was deleted, and its record; for all examples."""
     folder = tmp_path_factory.mktemp("hostile")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        with mounted_repository(folder) as mounted:
+        patch.setenv("LC_ALL", "C.UTF-8")
+        with mounted_repository(folder, commands) as mounted:
             run("cp", mounted.image(IMAGE), mounted.staging / "web01.img")
             (record,) = mounted.backups.glob("*.msgpack")
             content = record.read_bytes()
