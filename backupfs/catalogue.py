@@ -40,6 +40,7 @@ class Catalogue:
         self._records = records
         self._storage = storage
         self._lock = threading.RLock()
+        self._refreshing = threading.Lock()
         self._by_id: dict[str, Record] = {}
         self._by_volume: dict[str, list[Record]] = {}
         self._unreadable: dict[str, CorruptObject] = {}
@@ -55,6 +56,10 @@ class Catalogue:
 
     def refresh(self) -> None:
         """Take in what other processes did. Raises: StorageError."""
+        with self._refreshing:  # one after the other, or an older listing would undo a newer one
+            self._refresh()
+
+    def _refresh(self) -> None:
         mark = self._storage.change_mark(RECORDS_PREFIX)
         with self._lock:
             if mark is not None and mark == self._mark:
@@ -72,7 +77,8 @@ class Catalogue:
                 self._insert(record)
             for record in removed:
                 self._remove(record)
-            self._mark = mark
+            # One that could not be read may be readable at the next look.
+            self._mark = None if self._unreadable else mark
             self._tell(Change(tuple(added), tuple(removed)))
 
     def add(self, record: Record) -> None:

@@ -222,9 +222,6 @@ def test_many_who_refresh_publish_and_delete_end_with_the_truth(service, catalog
     assert set(ids(catalogue)) == {record.backup_id for record in alive}
 
 
-@pytest.mark.xfail(
-    strict=True, reason="what was unreadable is not looked at again before the folder changes"
-)
 def test_a_record_that_could_not_be_read_for_a_moment_comes_back(service, location, monkeypatch):
     """A network that hiccups must not hide a backup from a mount until something else changes."""
     records = in_order(service, 3)
