@@ -142,9 +142,11 @@ def _asked(ask: Callable[[Path], Answer], target: Path) -> Answer:
         except OSError as error:
             answer.set_exception(error)
 
-    threading.Thread(target=work, daemon=True).start()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(ANSWER_SECONDS_MAX)  # not only until the answer: the process is to fork
     try:
-        return answer.result(ANSWER_SECONDS_MAX)
+        return answer.result(timeout=0)
     except TimeoutError:
         reason = f"what is mounted there did not answer in {ANSWER_SECONDS_MAX:.0f} s"
         raise TimeoutError(reason) from None
