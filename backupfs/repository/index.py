@@ -328,6 +328,7 @@ def _open_environment(folder: Path) -> tuple[Any, int]:
                 fcntl.flock(users, fcntl.LOCK_SH)
                 is_ready = _is_of_this_boot(folder)  # else who was about to do it has died
             environment = _environment(folder)
+            environment.reader_check()  # gives back the places of readers that were killed
         except (OSError, lmdb.Error) as error:
             raise StorageUnavailable(reason=f"index in {str(folder)!r}: {error}") from error
         undo.pop_all()
