@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
+import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
 
 from backupfs.fuse import handles
@@ -125,6 +126,7 @@ class FileRequests(Requests):
             area, staged = self._writable(), handle.staged
             if off + len(buf) > IMAGE_SIZE_MAX:
                 raise FUSEError(errno.EFBIG)  # and nothing counts as written
+            handle.flushed_at = None
             if staged.wants_mark:
                 await self.threads.slow(area.begin_writing, handle.handle)
             area.note_write(handle.handle)
@@ -144,7 +146,10 @@ class FileRequests(Requests):
         handle = self._handles[fh]
         if isinstance(handle, StagedWriter):
             interrupted = was_killed(handle.opener)
+            handle.flushed_at = None
             await self.threads.slow(self._writable().flush, handle.handle, interrupted=interrupted)
+            if handle.staged.changed:
+                handle.flushed_at = trio.current_time()
         elif isinstance(handle, TextWriter) and handle.is_complete():
             await self._take_in(handle)
 
@@ -160,6 +165,7 @@ class FileRequests(Requests):
         if isinstance(handle, StagedWriter):
             interrupted = was_killed(handle.opener)
             async with self._a_publish(handle.staged):
+                handle.released.set()
                 await self.threads.slow(
                     self._writable().release, handle.handle, interrupted=interrupted
                 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
+import trio
+
 from backupfs.errors import InvalidMetadata, InvalidRecord
 from backupfs.format.record import METADATA_SIZE_MAX, RECORD_SIZE_MAX
 from backupfs.fuse.layout import Entry
@@ -43,6 +45,8 @@ class StagedWriter:
 
     handle: WriteHandle
     opener: int  # process id, 0 where it is of another namespace
+    flushed_at: float | None = None  # when all written through it was flushed; None: not yet, or no
+    released: trio.Event = field(default_factory=trio.Event)
 
     @property
     def staged(self) -> StagedFile:

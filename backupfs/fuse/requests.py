@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
 
+RELEASE_SECONDS_MAX = 1.0  # from the flush of a close to its release
 _MADE = {Kind.README, Kind.STATUS, Kind.EVENTS, Kind.RECORD, Kind.METADATA}
 
 
@@ -183,9 +184,24 @@ class Requests(pyfuse3.Operations):
 
         What begins later is not waited for.
         """
+        await self._released(staged)
         for event, publishing in list(self._publishing.items()):
             if staged is None or publishing is staged:
                 await event.wait()
+
+    async def _released(self, staged: StagedFile | None) -> None:
+        """Wait for the release of what was just closed, as far as one can tell.
+
+        The kernel sends it among the read-aheads of other programs, of which it lets but a few
+        through at a time, so a look at the result of a copy may overtake it. A flush may also be
+        that of a duplicate, with no release to follow: that is why this does not wait for long.
+        """
+        for handle in list(self._handles.values()):
+            if not isinstance(handle, StagedWriter) or handle.flushed_at is None:
+                continue
+            if staged is None or handle.staged is staged:
+                with trio.move_on_at(handle.flushed_at + RELEASE_SECONDS_MAX):
+                    await handle.released.wait()
 
     async def _create_staged(
         self, parent: Entry, name: bytes, mode: int, ctx: RequestContext

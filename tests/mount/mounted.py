@@ -138,16 +138,20 @@ class Mounted:
         try:
             process = os.pidfd_open(self.process_id)
         except ProcessLookupError:  # killed by the test
-            return not subprocess.run(_umount_words(self.path), check=False, timeout=30).returncode
+            return self._is_umounted()
         try:
-            ended = subprocess.run(
-                _umount_words(self.path), check=False, timeout=30, capture_output=True
-            )
-            return ended.returncode == 0 and bool(select.select([process], [], [], 60)[0])
+            # Programs that were killed may need a moment to let go of the mount.
+            is_umounted = becomes(self._is_umounted, seconds=10)
+            return is_umounted and bool(select.select([process], [], [], 60)[0])
         except subprocess.TimeoutExpired:
             return False
         finally:
             os.close(process)
+
+    def _is_umounted(self) -> bool:
+        words = _umount_words(self.path)
+        ended = subprocess.run(words, check=False, timeout=30, capture_output=True)
+        return ended.returncode == 0
 
     def log_text(self) -> str:
         return self.log_file.read_text() if self.log_file.exists() else ""

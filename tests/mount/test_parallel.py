@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -104,3 +106,38 @@ def test_listing_while_copies_come_and_go(mounted: Mounted) -> None:
     assert len(os.listdir(mounted.volumes)) == 80
     assert len(os.listdir(mounted.staging)) == 40
     assert len(os.listdir(mounted.backups)) == 160
+
+
+def test_copy_is_seen_at_once_beside_many_readers(mounted: Mounted) -> None:
+    """The kernel sends the end of a copy among the read-aheads of others, and after its answer."""
+    content = random_bytes(48 * MIB)
+    run("cp", mounted.image(content), mounted.staging / "large.img")
+    small = mounted.image(content[:5000], "small")
+    backup = mounted.latest("large").resolve()
+    ended = threading.Event()
+
+    def read() -> None:
+        with backup.open("rb", buffering=0) as file:
+            while not ended.is_set():
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                file.seek(0)
+                while file.read(MIB) and not ended.is_set():
+                    pass
+
+    readers = [threading.Thread(target=read) for _ in range(24)]
+    for reader in readers:
+        reader.start()
+    try:
+        started, copies, late = time.monotonic(), 0, []
+        while time.monotonic() < started + 6:
+            run("cp", small, mounted.staging / f"v{copies}.img")
+            if not (mounted.volumes / f"v{copies}").exists():
+                late.append(copies)
+            copies += 1
+    finally:
+        ended.set()
+        for reader in readers:
+            reader.join()
+
+    assert late == []
+    assert len(os.listdir(mounted.volumes)) == copies + 1
