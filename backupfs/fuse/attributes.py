@@ -21,6 +21,8 @@ SECTOR_SIZE = 512
 # Short, as other processes change the repository too; contents and attributes of an immutable
 # backup could be kept for ever, but its name may go.
 TIMEOUT_SECONDS = 1.0
+# A record may be written by itself: importing it again succeeds.
+_WRITABLE_TEXTS = {Kind.METADATA, Kind.SIDECAR, Kind.RECORD}
 XATTR_PREFIX = "user.backupfs."
 
 
@@ -125,7 +127,7 @@ class Attributes:
         _set_times(attributes, staged.mtime_ns)
 
     def _fill_text(self, attributes: pyfuse3.EntryAttributes, entry: Entry, text_size: int) -> None:
-        mode = 0o644 if entry.kind in (Kind.METADATA, Kind.SIDECAR) else 0o444
+        mode = 0o644 if entry.kind in _WRITABLE_TEXTS else 0o444
         attributes.st_mode = stat.S_IFREG | (mode & ~self._options.umask)
         attributes.st_size = text_size
         attributes.st_blocks = ceil_div(attributes.st_size, SECTOR_SIZE)

@@ -79,7 +79,9 @@ class NameRequests(Requests):
         assert entry.staged is not None
         area = self._writable()
         if fields.update_size:
-            writer = handle.handle if isinstance(handle, StagedWriter) else None
+            writer = None
+            if isinstance(handle, StagedWriter):
+                writer, handle.flushed_at = handle.handle, None
             await self._published(entry.staged)
             async with self._a_publish(entry.staged):
                 await self.threads.slow(area.truncate, entry.staged, attr.st_size, writer)

@@ -187,7 +187,8 @@ def test_attributes_of_a_head_outlive_the_mount(mounted: Mounted) -> None:
     run("cp", mounted.image(IMAGE), target)
     target.chmod(0o640)
     os.utime(target, ns=(1, 1_234_567_890_123_456_789))
-    os.chown(target, 1234, 2345)
+    if os.geteuid() == 0:
+        os.chown(target, 1234, 2345)
     before = target.stat()
 
     mounted.remount()
@@ -248,7 +249,7 @@ def test_unknown_attributes_are_not_there_and_cannot_be_set(mounted: Mounted) ->
     for path in (mounted.latest("web01"), mounted.staging / "web01.img"):
         with pytest.raises(OSError, match="No data"):
             os.getxattr(path, "user.backupfs.unknown")
-        with pytest.raises(OSError, match=r"not supported|not permitted"):
+        with pytest.raises(OSError, match=r"not supported|not permitted|denied"):
             os.setxattr(path, "user.other", b"value")
 
 

@@ -6,6 +6,7 @@ import mmap
 import os
 import shutil
 import sys
+import tempfile
 import threading
 
 from mounted import MIB, Mounted, assert_same, patched, random_bytes, run
@@ -198,3 +199,22 @@ def test_file_that_takes_the_place_of_a_removed_one_is_a_backup(mounted: Mounted
             second.write(IMAGE)
 
     mounted.assert_backups("web01", IMAGE)
+
+
+def test_temporary_file_without_a_name_is_no_backup(mounted: Mounted) -> None:
+    """Python asks for one by O_TMPFILE, and is content with one that it removes at once."""
+    with tempfile.TemporaryFile(dir=mounted.staging) as file:
+        file.write(IMAGE)
+        file.seek(0)
+        assert file.read() == IMAGE
+
+    assert os.listdir(mounted.staging) == []
+    assert os.listdir(mounted.volumes) == []
+
+
+def test_backup_is_read_past_the_page_cache(mounted: Mounted) -> None:
+    run("cp", mounted.image(IMAGE), mounted.staging / "web01.img")
+
+    for size in ("4k", "1M", "3M"):
+        words = ["dd", f"if={mounted.latest('web01')}", f"bs={size}", "iflag=direct"]
+        assert run(*words).stdout == IMAGE

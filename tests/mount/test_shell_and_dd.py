@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from mounted import (
     CHUNK_SIZE,
@@ -280,3 +282,26 @@ def test_write_far_beyond_what_can_be_kept_is_too_large_and_no_backup(
     assert not becomes(lambda: mounted.names("web01") != [], seconds=2.5)
     with target.open("rb+") as file, pytest.raises(OSError, match="File too large"):
         file.truncate(1 << 60)
+
+
+@pytest.mark.parametrize(
+    ("pack", "unpack"),
+    [
+        ("gzip -1", 'gzip -dc "$1" > "$2"'),
+        ("zstd -q", 'zstd -q -d --sparse "$1" -o "$2"'),
+        ("zstd -q", 'zstd -q -d -f --no-sparse "$1" -o "$2"'),
+        ("xz -0", 'xz -dc "$1" > "$2"'),
+        ("lz4 -q", 'lz4 -q -d "$1" "$2"'),
+    ],
+)
+def test_image_is_unpacked_into_a_backup(mounted: Mounted, pack: str, unpack: str) -> None:
+    program = pack.split()[0]
+    if shutil.which(program) is None:
+        pytest.skip(f"not installed: {program}")
+    content = IMAGE[:MIB] + bytes(3 * MIB) + IMAGE[MIB : 2 * MIB] + bytes(MIB)
+    packed = mounted.folder / "packed"
+    shell(f'{pack} < "$1" > "$2"', mounted.image(content), packed)
+
+    shell(unpack, packed, mounted.staging / "web01.img")
+
+    mounted.assert_backups("web01", content)
