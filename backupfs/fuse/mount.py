@@ -28,6 +28,7 @@ FS_TYPE = "fuse.backupfs"
 READ_AHEAD_KIB = 2048
 REFRESH_SECONDS = 0.5  # until the mount shows what other processes did
 TICK_SECONDS = 0.2
+INTERRUPT_SECONDS = 0.1
 STDERR_SIZE_MAX = 4096
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MOUNTINFO = Path("/proc/self/mountinfo")
@@ -84,7 +85,8 @@ class Mount:
                 reason = said() or str(error)
                 raise MountFailed(mountpoint=str(self._mountpoint), reason=reason) from error
         try:
-            trio.run(self._serve, on_ready)
+            with _interrupted_now_and_then():
+                trio.run(self._serve, on_ready)
         finally:
             pyfuse3.close(unmount=True)
 
@@ -129,6 +131,23 @@ class Mount:
         if self._options.read_only:
             options.add("ro")
         return options
+
+
+@contextlib.contextmanager
+def _interrupted_now_and_then() -> Iterator[None]:
+    """Have this thread's system calls interrupted, so that none of them can block the event loop.
+
+    pyfuse3 reads a request when it is told that there is one, and waits if there is none: the
+    program that made it may have been killed in between. Until the next request all would stand
+    still then, threads too, as the interpreter's lock is held; a signal ends that read at once.
+    """
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, INTERRUPT_SECONDS, INTERRUPT_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 async def _repeat(work: Callable[[], None], seconds: float) -> None:

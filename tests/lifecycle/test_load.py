@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -193,6 +194,39 @@ def test_clients_that_stop_or_die_keep_nobody_waiting(mounted: Site, images: lis
         mounted.latest("stopped").read_bytes(), images[0][: 3 * MIB + 17], "the stopped one"
     )
     mounted.assert_verified()
+
+
+ASKING = """
+import os, sys
+while True:
+    try:
+        os.stat(f"{sys.argv[1]}/none-{os.getpid()}-{os.urandom(4).hex()}")
+    except OSError:
+        pass
+"""
+
+
+def test_programs_killed_while_they_wait_do_not_stop_the_mount(mounted: Site) -> None:
+    """A request that its program takes back, by dying, at the moment when the daemon is about to
+    read it must not have the daemon wait for the next one: with it all others would wait too."""
+    daemon = mounted.daemon()
+    waiting_in = Path(f"/proc/{daemon}/task/{daemon}/wchan")
+    rng = random.Random(7)
+    stopped = 0
+    for _ in range(40):
+        asking = [
+            subprocess.Popen([sys.executable, "-Sc", ASKING, mounted.volumes]) for _ in range(4)
+        ]
+        time.sleep(rng.uniform(0.05, 0.08))
+        for process in asking:
+            process.kill()
+        for process in asking:
+            process.wait(timeout=10)
+        if "fuse_dev_do_read" in waiting_in.read_text():
+            stopped += 1
+            # Nobody asks it for anything now: it has to go on by itself.
+            assert becomes(lambda: "fuse_dev_do_read" not in waiting_in.read_text(), seconds=2)
+    print(f"stopped for a moment {stopped} of 40 times")
 
 
 def test_many_large_copies_at_once_stay_within_the_memory_bound(mounted: Site) -> None:
