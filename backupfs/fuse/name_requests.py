@@ -281,7 +281,10 @@ class NameRequests(Requests):
         # The kernel asks for security.capability at every write: answer that first.
         if not name.startswith(b"user."):
             raise FUSEError(pyfuse3.ENOATTR)
-        value = self._attributes.xattrs(self._entry(inode)).get(name.decode("utf-8", "replace"))
+        entry = self._entry(inode)
+        if entry.staged is not None:
+            await self._published(entry.staged)  # its state is what became of the last copy
+        value = self._attributes.xattrs(entry).get(name.decode("utf-8", "replace"))
         if value is None:
             raise FUSEError(pyfuse3.ENOATTR)
         return value.encode()
