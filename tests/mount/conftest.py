@@ -79,4 +79,4 @@ def mount_with(work: Path, commands: CommandServer) -> Iterator[Callable[[str], 
 @pytest.fixture
 def mount_with_settle(mount_with: Callable[[str], Mounted]) -> Mounted:
     """An empty repository, mounted so that one can wait for what settles."""
-    return mount_with("settle=1.5")
+    return mount_with("settle=2")

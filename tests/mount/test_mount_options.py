@@ -69,8 +69,8 @@ def test_settle_is_the_time_that_zeros_wait(mount_with: MountWith) -> None:
 
     assert len(mounted.names("data")) == 1
     assert mounted.names("zeros") == []
-    assert becomes(lambda: mounted.names("zeros") != [], seconds=6)
-    assert 1.9 < time.monotonic() - started < 5
+    assert becomes(lambda: mounted.names("zeros") != [], seconds=10)
+    assert time.monotonic() - started > 1.9
 
 
 def test_settle_of_nothing_publishes_zeros_at_once(mount_with: MountWith) -> None:
@@ -94,7 +94,7 @@ def test_settling_draft_is_published_by_the_command(mount_with: MountWith) -> No
 
 def test_settle_all_waits_for_quiet_between_closes(mount_with: MountWith) -> None:
     """As servers of NFS and SMB write: open, write a piece, close, and again."""
-    mounted = mount_with("settle=1.5,settle_all")
+    mounted = mount_with("settle=3,settle_all")
     target = mounted.staging / "web01.img"
     source = mounted.image(IMAGE)
 
@@ -105,7 +105,7 @@ def test_settle_all_waits_for_quiet_between_closes(mount_with: MountWith) -> Non
         time.sleep(0.25)
     assert mounted.names("web01") == []
 
-    assert becomes(lambda: mounted.names("web01") != [], seconds=6)
+    assert becomes(lambda: mounted.names("web01") != [], seconds=10)
     mounted.assert_backups("web01", IMAGE)
 
 
