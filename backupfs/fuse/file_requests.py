@@ -71,7 +71,8 @@ class FileRequests(Requests):
             return await self._open_text_writer(entry, bool(flags & os.O_TRUNC))
         if entry.kind is Kind.BACKUP:
             return self._open_backup(entry)
-        await self._published()  # so that the status counts what was closed before
+        if entry.kind in (Kind.STATUS, Kind.EVENTS):
+            await self._published_below("")  # so that they tell of what was closed before
         return self._opened(TextReader(await self._content(entry)), direct=True)
 
     def _open_staged_reader(self, staged: StagedFile) -> FileInfo:

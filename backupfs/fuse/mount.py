@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pyfuse3
@@ -43,7 +43,6 @@ class Mount:
         ambient = service.repository.ambient
         mounted_at = ambient.now()
         self._service = service
-        self._area = area
         self._mountpoint = mountpoint
         self._options = options
         layout = Layout(service.catalogue, area)
@@ -95,14 +94,16 @@ class Mount:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_signals)
-                nursery.start_soon(_repeat, self._service.refresh, REFRESH_SECONDS)
-                if self._area is not None:
-                    nursery.start_soon(_repeat, self._area.tick, TICK_SECONDS)
+                nursery.start_soon(_repeat, self._refresh, REFRESH_SECONDS)
+                nursery.start_soon(_repeat, self._operations.publish_settled, TICK_SECONDS)
                 nursery.start_soon(self._announce, on_ready)
                 await pyfuse3.main()
                 nursery.cancel_scope.cancel()
         finally:
             self._operations.threads.close()
+
+    async def _refresh(self) -> None:
+        await trio.to_thread.run_sync(self._service.refresh)
 
     async def _announce(self, on_ready: Callable[[], None]) -> None:
         """The loop runs: whoever looks into the mount now is answered.
@@ -150,14 +151,14 @@ def _interrupted_now_and_then() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-async def _repeat(work: Callable[[], None], seconds: float) -> None:
+async def _repeat(work: Callable[[], Awaitable[None]], seconds: float) -> None:
     """Do ``work`` now and then. What is wrong is told when it begins and when it has passed."""
     told = ""
     while True:
         await trio.sleep(seconds)
         problem = ""
         try:
-            await trio.to_thread.run_sync(work)
+            await work()
         except BackupfsError as error:
             problem = str(error)
         except Exception as error:  # a bug in it must not end the mount

@@ -37,8 +37,10 @@ class NameRequests(Requests):
             return await self._stat(parent)
         if name == b"..":
             return await self._stat(self._layout.parent(parent))
-        if parent.kind in (Kind.VOLUMES, Kind.BACKUPS):
-            await self._published()
+        if parent.kind is Kind.VOLUMES:
+            await self._published_below(self._path(parent, name))
+        elif parent.kind is Kind.BACKUPS and self._layout.child(parent, text_of(name)) is None:
+            await self._published_below("")
         return await self._stat(self._child(parent, name))
 
     @answered
@@ -97,7 +99,8 @@ class NameRequests(Requests):
     @answered
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
         entry = self._entry(inode)
-        await self._published()  # the kernel may know the link's name, and asks for its target only
+        # The kernel may know the link's name, and ask for its target only.
+        await self._published_below(entry.key)
         latest = self._service.catalogue.latest(entry.key) if entry.kind is Kind.LATEST else None
         if latest is None:
             raise FUSEError(errno.ENOENT)
@@ -130,7 +133,7 @@ class NameRequests(Requests):
         if not entry.is_folder:
             raise FUSEError(errno.ENOTDIR)
         if entry.kind in (Kind.VOLUMES, Kind.BACKUPS):
-            await self._published()
+            await self._published_below(entry.key)
         number = self._new_handle()
         self._folder_handles[number] = entry
         return number
@@ -235,12 +238,9 @@ class NameRequests(Requests):
             await self._published(entry.staged)
             if target is not None and target.staged is not None:
                 await self._published(target.staged)
-            async with self._a_publish(entry.staged):
-                await self.threads.slow(
-                    self._writable().rename,
-                    entry.staged.name,
-                    self._path(target_parent, name_new),
-                )
+            new_name = self._path(target_parent, name_new)
+            async with self._a_publish(entry.staged, new_name=new_name):
+                await self.threads.slow(self._writable().rename, entry.staged.name, new_name)
         elif entry.kind is Kind.STAGING and target_parent.kind is Kind.STAGING and entry.key:
             await self._rename_folder(entry.key, self._path(target_parent, name_new), target)
         else:

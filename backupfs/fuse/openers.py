@@ -1,7 +1,8 @@
-"""Whether the program that opened a file was killed: the kernel notes it in its tasks' flags.
+"""What procfs knows of the program that opened a file: was it killed, has it the file still open.
 
-proc(5), /proc/PID/stat, field 9; the flag is PF_SIGNALED of include/linux/sched.h. A process of
-another namespace, or one that is gone, is unknown, which is no evidence.
+The kernel notes a kill in the flags of the program's tasks: proc(5), /proc/PID/stat, field 9; the
+flag is PF_SIGNALED of include/linux/sched.h. A process of another namespace, or one that is gone,
+is unknown, which is no evidence.
 """
 
 from __future__ import annotations
@@ -40,6 +41,33 @@ def was_killed(process_id: int) -> bool:
     known = [found for found in flags if found is not None]
     # All of them: a program that ends by itself kills its other threads, but not the one that ends.
     return bool(known) and all(found & PF_SIGNALED for found in known)
+
+
+def holds_for_writing(process_id: int, inode: int) -> bool:
+    """Whether a process has a file of this inode number open for writing, as far as we may look.
+
+    By what it says of its descriptors (proc(5), /proc/PID/fdinfo; the inode since Linux 5.14):
+    following one would ask the mount itself, which is waiting for the answer.
+    """
+    folder = f"/proc/{process_id}/fdinfo"
+    try:
+        descriptors = os.listdir(folder) if process_id > 0 else []
+    except OSError:
+        return False
+    return any(_is_open_for_writing(Path(folder, number), inode) for number in descriptors)
+
+
+def _is_open_for_writing(path: Path, inode: int) -> bool:
+    fields = {}
+    try:
+        for line in path.read_bytes().splitlines():
+            name, _, value = line.partition(b":")
+            fields[name] = value.strip()
+    except OSError:
+        return False  # closed meanwhile
+    if fields.get(b"ino") != b"%d" % inode:
+        return False
+    return int(fields.get(b"flags", b"0"), 8) & os.O_ACCMODE != os.O_RDONLY
 
 
 def _flags(path: Path) -> int | None:

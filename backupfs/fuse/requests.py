@@ -10,7 +10,8 @@ import errno
 import functools
 import logging
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import pyfuse3
@@ -18,7 +19,7 @@ import trio
 from pyfuse3 import EntryAttributes, FUSEError, RequestContext
 
 from backupfs.errors import BackupfsError, DamageError
-from backupfs.format.names import PART_SIZE_MAX
+from backupfs.format.names import PART_SIZE_MAX, volume_of
 from backupfs.fuse import handles
 from backupfs.fuse.attributes import Attributes
 from backupfs.fuse.errno_table import errno_of
@@ -30,7 +31,7 @@ from backupfs.fuse.handles import (
 )
 from backupfs.fuse.inodes import Inodes
 from backupfs.fuse.layout import Entry, Kind, Layout
-from backupfs.fuse.openers import process_of
+from backupfs.fuse.openers import holds_for_writing, process_of
 from backupfs.fuse.texts import Texts
 from backupfs.fuse.threads import Threads
 from backupfs.service import Service, StagingArea
@@ -44,6 +45,14 @@ Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
 
 RELEASE_SECONDS_MAX = 1.0  # from the flush of a close to its release
 _MADE = {Kind.README, Kind.STATUS, Kind.EVENTS, Kind.RECORD, Kind.METADATA}
+
+
+@dataclass(frozen=True, slots=True)
+class _Publish:
+    """Something under way that may make a backup of ``staged``, in one of ``volumes``."""
+
+    staged: StagedFile
+    volumes: frozenset[str]
 
 
 def answered(handler: Handler) -> Handler:
@@ -94,7 +103,7 @@ class Requests(pyfuse3.Operations):
         self._folder_handles: dict[int, list[tuple[str, Entry]] | Entry] = {}
         self._next_handle = 1
         self._sidecars: dict[str, TextWriter] = {}
-        self._publishing: dict[trio.Event, StagedFile] = {}
+        self._publishing: dict[trio.Event, _Publish] = {}
         self.threads: Threads  # set inside the event loop, before the first request
 
     def _entry(self, inode: int) -> Entry:
@@ -169,38 +178,63 @@ class Requests(pyfuse3.Operations):
         return f"{folder.key}/{text}" if folder.key else text
 
     @contextlib.asynccontextmanager
-    async def _a_publish(self, staged: StagedFile) -> AsyncIterator[None]:
+    async def _a_publish(self, staged: StagedFile, *, new_name: str = "") -> AsyncIterator[None]:
         """Something that may publish is under way; counted from before the first await."""
+        volumes = {staged.volume, volume_of(new_name) if new_name else None} - {None}
         event = trio.Event()
-        self._publishing[event] = staged
+        self._publishing[event] = _Publish(staged, frozenset(map(str, volumes)))
         try:
             yield
         finally:
             del self._publishing[event]
             event.set()
 
-    async def _published(self, staged: StagedFile | None = None) -> None:
-        """Wait for what began to publish before now, or only for that of one staged file.
+    async def publish_settled(self) -> None:
+        """Publish what has settled; to be called now and then."""
+        for staged in self._area.settled() if self._area is not None else []:
+            async with self._a_publish(staged):
+                await self.threads.slow(self._writable().publish_settled, staged)
 
-        What begins later is not waited for.
-        """
-        await self._released(staged)
+    async def _published(self, staged: StagedFile) -> None:
+        """Wait for what of one staged file began to publish before now."""
+        await self._released([staged])
         for event, publishing in list(self._publishing.items()):
-            if staged is None or publishing is staged:
+            if publishing.staged is staged:
                 await event.wait()
 
-    async def _released(self, staged: StagedFile | None) -> None:
-        """Wait for the release of what was just closed, as far as one can tell.
+    async def _published_below(self, path: str) -> None:
+        """The same of all volumes that a path in ``volumes/`` leads to, or into: of all, if empty.
 
-        The kernel sends it among the read-aheads of other programs, of which it lets but a few
-        through at a time, so a look at the result of a copy may overtake it. A flush may also be
-        that of a duplicate, with no release to follow: that is why this does not wait for long.
+        What begins later is not waited for, nor what a look at ``path`` cannot show: a client is
+        not to wait for the copies of others.
         """
+        await self._released([staged for staged in self._staged() if _leads(path, staged.volume)])
+        for event, publishing in list(self._publishing.items()):
+            if any(_leads(path, volume) for volume in publishing.volumes):
+                await event.wait()
+
+    def _staged(self) -> list[StagedFile]:
+        return self._area.files() if self._area is not None else []
+
+    async def _released(self, files: Sequence[StagedFile]) -> None:
+        """Wait for the releases of what was just closed, as far as one can tell.
+
+        The kernel sends a release among the read-aheads of other programs, of which it lets but a
+        few through at a time, so a look at the result of a copy may overtake it. A flush may also
+        be that of a duplicate, which every program that a shell starts with its output in
+        ``staging/`` closes: then the opener still has the file. Where one cannot look, as into
+        another user's process, this does not wait for long.
+        """
+        if not files:
+            return
         for handle in list(self._handles.values()):
             if not isinstance(handle, StagedWriter) or handle.flushed_at is None:
                 continue
-            if staged is None or handle.staged is staged:
-                with trio.move_on_at(handle.flushed_at + RELEASE_SECONDS_MAX):
+            if not any(handle.staged is staged for staged in files):
+                continue
+            number = self._inodes.number(staged_entry(handle.handle))
+            with trio.move_on_at(handle.flushed_at + RELEASE_SECONDS_MAX):
+                if not await self.threads.slow(holds_for_writing, handle.opener, number):
                     await handle.released.wait()
 
     async def _create_staged(
@@ -239,6 +273,13 @@ def text_of(name: bytes) -> str:
         return name.decode()
     except UnicodeDecodeError:
         raise FUSEError(errno.EINVAL) from None
+
+
+def _leads(path: str, volume: str | None) -> bool:
+    """Whether a look at ``path`` in ``volumes/`` can show a backup of ``volume``."""
+    if volume is None:
+        return False
+    return not path or f"{volume}/".startswith(f"{path}/") or path.startswith(f"{volume}/")
 
 
 def staged_entry(handle: WriteHandle) -> Entry:

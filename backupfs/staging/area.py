@@ -320,15 +320,20 @@ class StagingArea:
                 raise NothingToPublish(name=name)
             return record
 
-    def tick(self) -> None:
-        """Publish what has settled; called now and then."""
-        now = self._ambient.monotonic()
-        for staged in self.files():
-            if staged.settle_at is None or staged.settle_at > now:
-                continue
-            with staged.lock:
-                if staged.state is State.SETTLING and not staged.unlinked:
-                    self._decide_alone(staged, settled=True)
+    def settled(self) -> list[StagedFile]:
+        """Those that were quiet long enough; never waits."""
+        return [staged for staged in self.files() if self._has_settled(staged)]
+
+    def publish_settled(self, staged: StagedFile) -> None:
+        """Publish what has settled, unless it was touched again. Keeps its errors to itself."""
+        with staged.lock:
+            if self._has_settled(staged):
+                self._decide_alone(staged, settled=True)
+
+    def _has_settled(self, staged: StagedFile) -> bool:
+        settle_at = staged.settle_at
+        is_waiting = staged.state is State.SETTLING and not staged.unlinked
+        return is_waiting and settle_at is not None and settle_at <= self._ambient.monotonic()
 
     def _decide_alone(self, staged: StagedFile, *, settled: bool = False) -> None:
         """For nobody who waits for the answer: an error holds the file, which says why."""

@@ -32,7 +32,7 @@ LOAD_SECONDS = 18.0
 MEMORY_MAX = 256 * MIB
 # Generous: the machine may be slow, and busy with other tests. A client that waits for another one's
 # stop would wait for all of the load's time.
-WAIT_SECONDS_MAX = 8.0
+WAIT_SECONDS_MAX = 14.0
 IMAGE_SIZE = 12 * MIB
 KINDS = 4  # of images
 
@@ -164,12 +164,12 @@ def test_clients_that_stop_or_die_keep_nobody_waiting(mounted: Site, images: lis
     halted = mounted.start("cp", load.sources[1], mounted.staging / "halted.img")
     halted.send_signal(signal.SIGSTOP)
 
-    clients.start("copy", load.copy, 4)
-    clients.start("small read", load.read_some, 4)
-    clients.start("whole read", load.read_all, 2)
-    clients.start("patch", load.patch, 3)
-    clients.start("look around", load.look_around, 2)
-    clients.start("killed copy", load.die, 2)
+    clients.start("copy", load.copy, 14)
+    clients.start("small read", load.read_some, 16)
+    clients.start("whole read", load.read_all, 8)
+    clients.start("patch", load.patch, 14)
+    clients.start("look around", load.look_around, 6)
+    clients.start("killed copy", load.die, 6)
     time.sleep(LOAD_SECONDS / 2)
     started = time.monotonic()
     collected = mounted.begin("gc")
@@ -325,15 +325,22 @@ def test_client_killed_in_its_flush_is_held_and_delays_nobody(
         site.mount()
         source = site.image(content(48 * MIB, 5))
         small = site.image(content(MIB, 6), "small.img")
-        copy = site.start("cp", source, site.staging / "big.img")
-        time.sleep(0.1)
-        copy.send_signal(signal.SIGKILL)
+        killed = 0
+        for number in range(6):
+            big = f"big{number}"
+            copy = site.start("cp", source, site.staging / f"{big}.img")
+            time.sleep(0.02 + 0.03 * number)
+            copy.send_signal(signal.SIGKILL)
 
-        started = time.monotonic()
-        site.run("cp", small, site.staging / "small.img")
-        assert site.latest("small").exists()
-        assert time.monotonic() - started < WAIT_SECONDS_MAX
-        assert copy.wait(timeout=WAIT_SECONDS_MAX) == -signal.SIGKILL
+            site.run("cp", small, site.staging / f"small{number}.img")
+            assert site.latest(f"small{number}").exists()
+            if copy.wait(timeout=WAIT_SECONDS_MAX) == 0:
+                continue  # it was quicker, and is a backup
+            killed += 1
+            if (site.staging / f"{big}.img").exists() and site.names(big) == []:
+                assert becomes(lambda name=big: is_held(site, f"{name}.img"), seconds=10)
+        assert killed
 
-        if (site.staging / "big.img").exists() and site.names("big") == []:
-            assert becomes(lambda: site.drafts()["big.img"]["state"] == "held", seconds=5)
+
+def is_held(site: Site, name: str) -> bool:
+    return bool(site.drafts()[name]["state"] == "held")

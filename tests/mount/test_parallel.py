@@ -141,3 +141,24 @@ def test_copy_is_seen_at_once_beside_many_readers(mounted: Mounted) -> None:
 
     assert late == []
     assert len(os.listdir(mounted.volumes)) == copies + 1
+
+
+def test_a_file_that_children_inherit_keeps_no_looks_waiting(mounted: Mounted) -> None:
+    """Each program of a shell's group closes the group's output; the group has it open still. Were
+    every look to wait for a release then, this took longer than any program is given here."""
+    piece = mounted.image(random_bytes(1000))
+    run("cp", piece, mounted.staging / "other.img")
+    script = """
+        {
+            for n in $(seq 70); do
+                cat "$1"
+                ls "$2/volumes/vm" "$2/volumes/vm/latest.img" > "$3" 2>&1 || true
+                ls "$2/volumes" "$2/backups" "$2/volumes/other/latest.img" > "$3"
+            done
+        } > "$2/staging/vm.img"
+        ls "$2/volumes/vm/latest.img"
+    """
+
+    shell(script, piece, mounted.path, mounted.folder / "seen")
+
+    assert_same(mounted.latest("vm"), piece.read_bytes() * 70)

@@ -71,6 +71,11 @@ def close(area: StagingArea, handle: WriteHandle, *, killed: bool = False) -> No
     area.release(handle, interrupted=killed)
 
 
+def publish_settled(area: StagingArea) -> None:
+    for staged in area.settled():
+        area.publish_settled(staged)
+
+
 def create(area: StagingArea, name: str) -> WriteHandle:
     return area.create(name, mode=0o644, uid=0, gid=0)
 
@@ -206,11 +211,11 @@ def test_zeros_wait_for_quiet_and_a_writer_who_comes_back_ends_the_wait(service,
     assert state(area, "vm.img").startswith("settling")
 
     clock.advance(4)
-    area.tick()
+    publish_settled(area)
     assert images(service) == []
     again = reopen(area, "vm.img")
     clock.advance(10)
-    area.tick()
+    publish_settled(area)
     assert images(service) == []
     write(area, again, IMAGE)
     close(area, again)
@@ -224,7 +229,7 @@ def test_zeros_that_stay_zeros_are_published_after_the_wait(service, area, clock
     close(area, handle)
 
     clock.advance(5.1)
-    area.tick()
+    publish_settled(area)
 
     assert images(service) == [bytes(4096)]
     assert state(area, "vm.img") == "published"
@@ -628,7 +633,7 @@ def test_a_settling_draft_settles_again(location):
 
     with next_start(location, Policy(settle_seconds=0.0)) as (service, area):
         assert state(area, "vm.img").startswith("settling")
-        area.tick()
+        publish_settled(area)
         assert images(service) == [bytes(5000)]
 
 
