@@ -22,7 +22,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from command_server import CommandServer
-from lifecycle_mount import Site, is_alive, kill_and_wait, memory_peak, site_in
+from lifecycle_mount import (
+    Site,
+    descriptors,
+    is_alive,
+    kill_and_wait,
+    memory_peak,
+    site_in,
+    threads,
+)
+from load_clients import run_load
 from soak_actions import Action, Lane
 from soak_model import Broken, Found, Kept, Model
 
@@ -225,10 +234,29 @@ def run(folder: Path, commands: CommandServer, *, seconds: float, seed: int, out
         return soak
 
 
+def load(folder: Path, commands: CommandServer, *, seconds: float) -> int:
+    """64 clients for a while; what is wrong ends it with a traceback."""
+    with site_in(folder, commands, seconds=seconds + 300) as site:
+        site.init()
+        site.mount()
+        daemon = site.daemon()
+        before = descriptors(daemon), threads(daemon)
+        measured = run_load(site, seconds=seconds, gc_every=20.0)
+        print(measured.describe())
+        print(f"descriptors and threads: {before}, then {(descriptors(daemon), threads(daemon))}")
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=None, help="default: another one each time")
+    parser.add_argument(
+        "--what",
+        choices=("kills", "load"),
+        default="kills",
+        help="kills: random use with kills, compared with a model (default); load: 64 clients at once",
+    )
     parser.add_argument("--work", type=Path, default=None, help="folder for the repository")
     arguments = parser.parse_args()
     seed = (
@@ -238,6 +266,8 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="backupfs-soak-", dir=arguments.work))
     commands = CommandServer(folder / "commands")
     try:
+        if arguments.what == "load":
+            return load(folder / "site", commands, seconds=arguments.minutes * 60)
         soak = run(folder / "site", commands, seconds=arguments.minutes * 60, seed=seed, out=True)
     except Broken as error:
         print(f"broken: {error}", file=sys.stderr)

@@ -8,9 +8,7 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,173 +25,23 @@ from lifecycle_mount import (
     site_in,
     threads,
 )
+from load_clients import run_load
 
 LOAD_SECONDS = 18.0
 MEMORY_MAX = 256 * MIB
 # Generous: the machine may be slow, and busy with other tests. A client that waits for another one's
 # stop would wait for all of the load's time.
 WAIT_SECONDS_MAX = 14.0
-IMAGE_SIZE = 12 * MIB
-KINDS = 4  # of images
 
 
-class Clients:
-    """Threads that do one thing again and again, and how long each time took."""
+def test_clients_that_stop_or_die_keep_nobody_waiting(mounted: Site) -> None:
+    measured = run_load(mounted, seconds=LOAD_SECONDS, gc_every=LOAD_SECONDS / 3)
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, list[float]] = {}
-        self.failures: list[str] = []
-        self._stop = threading.Event()
-        self._threads: list[threading.Thread] = []
-
-    def start(self, what: str, work: Callable[[random.Random], None], count: int) -> None:
-        self.seconds[what] = []
-        for number in range(count):
-            rng = random.Random(f"{what}-{number}")
-            thread = threading.Thread(target=self._run, args=(what, work, rng), daemon=True)
-            self._threads.append(thread)
-            thread.start()
-
-    def _run(self, what: str, work: Callable[[random.Random], None], rng: random.Random) -> None:
-        while not self._stop.is_set():
-            started = time.monotonic()
-            try:
-                work(rng)
-            except Exception as error:  # told by the test's thread
-                self.failures.append(f"{what}: {error!r}")
-                return
-            self.seconds[what].append(time.monotonic() - started)
-
-    def stop(self) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(60)
-            assert not thread.is_alive(), "a client hangs"
-
-    def describe(self) -> str:
-        lines = []
-        for what, seconds in self.seconds.items():
-            ordered = sorted(seconds)
-            p99 = ordered[len(ordered) * 99 // 100]
-            lines.append(f"{what}: {len(ordered)} times, p99 {p99:.3f} s, max {ordered[-1]:.3f} s")
-        return "; ".join(lines)
-
-
-@pytest.fixture
-def images(mounted: Site) -> list[bytes]:
-    """What is backed up before the load begins, as volumes base0, base1…"""
-    found = [content(IMAGE_SIZE, kind) for kind in range(KINDS)]
-    for kind, data in enumerate(found):
-        mounted.copy_in(f"base{kind}.img", data)
-    return found
-
-
-class Load:
-    """What the clients do."""
-
-    def __init__(self, site: Site, images: list[bytes]) -> None:
-        self.site = site
-        self.images = images
-        self.sources = [site.image(data, f"load{kind}.img") for kind, data in enumerate(images)]
-        self._numbers = iter(range(1 << 30))
-        self._lock = threading.Lock()
-
-    def copy(self, rng: random.Random) -> None:
-        """Copy an image in, look at the backup, remove both."""
-        with self._lock:
-            volume = f"load{next(self._numbers)}"
-        kind = rng.randrange(KINDS)
-        staged = self.site.staging / f"{volume}.img"
-        subprocess.run(["cp", self.sources[kind], staged], check=True, timeout=60)
-        latest = self.site.latest(volume)
-        offset = rng.randrange(IMAGE_SIZE - MIB)
-        with latest.open("rb") as file:
-            file.seek(offset)
-            assert file.read(MIB) == self.images[kind][offset : offset + MIB]
-        staged.unlink()
-        (latest.parent / os.readlink(latest)).unlink()
-
-    def read_some(self, rng: random.Random) -> None:
-        """Open a backup, read a little anywhere, close it."""
-        kind = rng.randrange(KINDS)
-        with self.site.latest(f"base{kind}").open("rb", buffering=0) as file:
-            offset = rng.randrange(IMAGE_SIZE - 4 * KIB)
-            assert (
-                os.pread(file.fileno(), 4 * KIB, offset)
-                == (self.images[kind][offset : offset + 4 * KIB])
-            )
-
-    def read_all(self, rng: random.Random) -> None:
-        kind = rng.randrange(KINDS)
-        assert self.site.latest(f"base{kind}").read_bytes() == self.images[kind]
-
-    def patch(self, rng: random.Random) -> None:
-        """Change a little in the head of a volume of one's own."""
-        name = f"patched-{threading.get_ident()}"
-        path = self.site.staging / f"{name}.img"
-        if not path.exists():
-            path.write_bytes(self.images[0][: 2 * MIB])
-        with path.open("r+b", buffering=0) as file:
-            file.seek(rng.randrange(MIB))
-            file.write(rng.randbytes(8 * KIB))
-        for made in self.site.names(name)[:-2]:
-            (self.site.volumes / name / made).unlink()
-
-    def look_around(self, rng: random.Random) -> None:
-        os.listdir(self.site.volumes)
-        self.site.status()
-        assert (self.site.path / ".backupfs/events.log").read_bytes()
-        os.statvfs(self.site.path)
-
-    def die(self, rng: random.Random) -> None:
-        """Copy, and be killed somewhere in it, in its flush too."""
-        target = self.site.staging / f"dead-{threading.get_ident()}.img"
-        with subprocess.Popen(["cp", self.sources[0], target]) as process:
-            time.sleep(rng.uniform(0, 0.15))
-            process.send_signal(signal.SIGKILL)
-        target.unlink(missing_ok=True)
-
-
-def test_clients_that_stop_or_die_keep_nobody_waiting(mounted: Site, images: list[bytes]) -> None:
-    load = Load(mounted, images)
-    clients = Clients()
-    stopped_reader = mounted.latest("base0").open("rb", buffering=0)
-    stopped_reader.read(100 * KIB)
-    stopped_writer = (mounted.staging / "stopped.img").open("wb", buffering=0)
-    stopped_writer.write(images[0][: 3 * MIB + 17])
-    halted = mounted.start("cp", load.sources[1], mounted.staging / "halted.img")
-    halted.send_signal(signal.SIGSTOP)
-
-    clients.start("copy", load.copy, 14)
-    clients.start("small read", load.read_some, 16)
-    clients.start("whole read", load.read_all, 8)
-    clients.start("patch", load.patch, 14)
-    clients.start("look around", load.look_around, 6)
-    clients.start("killed copy", load.die, 6)
-    time.sleep(LOAD_SECONDS / 2)
-    started = time.monotonic()
-    collected = mounted.begin("gc")
-    assert collected.wait() == 0, collected.err()
-    gc_seconds = time.monotonic() - started
-    time.sleep(LOAD_SECONDS / 2)
-    clients.stop()
-
-    peak = memory_peak(mounted.daemon())
-    print(f"{clients.describe()}; gc {gc_seconds:.2f} s; peak {peak >> 20} MiB")
-    assert clients.failures == []
-    assert all(max(seconds) < WAIT_SECONDS_MAX for seconds in clients.seconds.values())
-    assert all(len(seconds) > 3 for seconds in clients.seconds.values())
-    assert gc_seconds < 2 * WAIT_SECONDS_MAX
-    assert peak < MEMORY_MAX
-    halted.send_signal(signal.SIGCONT)
-    assert halted.wait(timeout=30) == 0
-    stopped_reader.close()
-    stopped_writer.close()
-    assert_same(mounted.latest("halted").read_bytes(), images[1], "the halted copy")
-    assert_same(
-        mounted.latest("stopped").read_bytes(), images[0][: 3 * MIB + 17], "the stopped one"
-    )
-    mounted.assert_verified()
+    print(measured.describe())
+    assert all(max(seconds) < WAIT_SECONDS_MAX for seconds in measured.seconds.values())
+    assert all(len(seconds) > 3 for seconds in measured.seconds.values())
+    assert max(measured.gc_seconds) < 2 * WAIT_SECONDS_MAX
+    assert measured.memory_peak < MEMORY_MAX
 
 
 ASKING = """
