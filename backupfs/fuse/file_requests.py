@@ -18,7 +18,7 @@ from backupfs.fuse.handles import (
     TextWriter,
 )
 from backupfs.fuse.layout import RECORD_SUFFIX, Entry, Kind
-from backupfs.fuse.openers import process_of, was_killed
+from backupfs.fuse.openers import opener_of, was_killed
 from backupfs.fuse.requests import Requests, answered, staged_entry, text_of
 from backupfs.service import Image
 from backupfs.staging.lifecycle import is_temporary
@@ -38,7 +38,7 @@ class FileRequests(Requests):
         parent = self._entry(parent_inode)
         if parent.kind is Kind.STAGING:
             writer = await self._create_staged(parent, name, mode, ctx)
-            info = self._opened(writer, direct=_is_write_only(flags))
+            info = self._opened_to_write(writer, flags)
             return info, await self._stat(staged_entry(writer.handle))
         self._writable()
         text = text_of(name)
@@ -61,10 +61,7 @@ class FileRequests(Requests):
             handle = await self.threads.slow(
                 self._writable().open_write, entry.staged, truncate=bool(flags & os.O_TRUNC)
             )
-            # direct_io takes 1 MiB at a time; who may mmap for writing needs the page cache.
-            return self._opened(
-                StagedWriter(handle, process_of(ctx.pid)), direct=_is_write_only(flags)
-            )
+            return self._opened_to_write(StagedWriter(handle, opener_of(ctx.pid)), flags)
         if entry.kind is Kind.RECORD and self._service.catalogue.get(entry.key) is None:
             raise FUSEError(errno.ESTALE)  # deleted just now: the kernel looks its name up again
         if writing:
@@ -146,7 +143,7 @@ class FileRequests(Requests):
     async def flush(self, fh: int) -> None:
         handle = self._handles[fh]
         if isinstance(handle, StagedWriter):
-            interrupted = was_killed(handle.opener)
+            interrupted = was_killed(handle.opener.process_id)
             handle.flushed_at = None
             await self.threads.slow(self._writable().flush, handle.handle, interrupted=interrupted)
             if handle.staged.changed:
@@ -164,7 +161,7 @@ class FileRequests(Requests):
     async def release(self, fh: int) -> None:
         handle = self._handles.pop(fh)
         if isinstance(handle, StagedWriter):
-            interrupted = was_killed(handle.opener)
+            interrupted = was_killed(handle.opener.process_id)
             async with self._a_publish(handle.staged):
                 handle.released.set()
                 await self.threads.slow(
@@ -175,14 +172,17 @@ class FileRequests(Requests):
         elif isinstance(handle, TextWriter) and not is_temporary(handle.entry.key):
             self._sidecars.pop(handle.entry.key, None)
 
+    def _opened_to_write(self, writer: StagedWriter, flags: int) -> FileInfo:
+        write_only = flags & os.O_ACCMODE == os.O_WRONLY
+        # Its temporary files rsync opens to read as well; a write-only one it writes in place.
+        writer.handle.sets_size_last = write_only and writer.opener.name == b"rsync"
+        # direct_io takes 1 MiB at a time; who may mmap for writing needs the page cache.
+        return self._opened(writer, direct=write_only)
+
     def _opened(self, handle: Handle, *, direct: bool = False, keep: bool = False) -> FileInfo:
         number = self._new_handle()
         self._handles[number] = handle
         return FileInfo(fh=number, direct_io=direct, keep_cache=keep)
-
-
-def _is_write_only(flags: int) -> bool:
-    return flags & os.O_ACCMODE == os.O_WRONLY
 
 
 def _may_be_sidecar(name: str) -> bool:

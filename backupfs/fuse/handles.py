@@ -10,6 +10,7 @@ import trio
 from backupfs.errors import InvalidMetadata, InvalidRecord
 from backupfs.format.record import METADATA_SIZE_MAX, RECORD_SIZE_MAX
 from backupfs.fuse.layout import Entry
+from backupfs.fuse.openers import Opener
 from backupfs.repository.images import Root
 from backupfs.service import Image, Record, Service
 from backupfs.staging.area import WriteHandle
@@ -44,7 +45,7 @@ class StagedWriter:
     """A staged file, open for writing."""
 
     handle: WriteHandle
-    opener: int  # process id, 0 where it is of another namespace
+    opener: Opener
     flushed_at: float | None = None  # when all written through it was flushed; None: not yet, or no
     released: trio.Event = field(default_factory=trio.Event)
 

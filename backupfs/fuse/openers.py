@@ -1,4 +1,4 @@
-"""What procfs knows of the program that opened a file: was it killed, has it the file still open.
+"""What procfs knows of the program that opened a file: its name, was it killed, has it the file still.
 
 The kernel notes a kill in the flags of the program's tasks: proc(5), /proc/PID/stat, field 9; the
 flag is PF_SIGNALED of include/linux/sched.h. A process of another namespace, or one that is gone,
@@ -8,25 +8,31 @@ is unknown, which is no evidence.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 PF_SIGNALED = 0x400
 _FLAGS_AFTER_NAME = 6  # field 9, counted from the state, field 3
 
 
-def process_of(task_id: int) -> int:
-    """The process of a task: requests name the thread, which may end before its process does."""
+@dataclass(frozen=True, slots=True)
+class Opener:
+    """The program that opened a file."""
+
+    process_id: int  # 0 where it is of another namespace
+    name: bytes  # as the kernel has it, at most 15 bytes; empty where it is unknown
+
+
+def opener_of(task_id: int) -> Opener:
+    """The program of a task: requests name the thread, which may end before its process does."""
     if task_id <= 0:
-        return 0
+        return Opener(0, b"")
     try:
-        lines = Path(f"/proc/{task_id}/status").read_bytes().splitlines()
+        fields = _fields(Path(f"/proc/{task_id}/status"))
     except OSError:
-        return task_id
-    for line in lines:
-        name, _, value = line.partition(b":")
-        if name == b"Tgid" and value.strip().isdigit():
-            return int(value)
-    return task_id
+        return Opener(task_id, b"")
+    group = fields.get(b"Tgid", b"")
+    return Opener(int(group) if group.isdigit() else task_id, fields.get(b"Name", b""))
 
 
 def was_killed(process_id: int) -> bool:
@@ -58,16 +64,19 @@ def holds_for_writing(process_id: int, inode: int) -> bool:
 
 
 def _is_open_for_writing(path: Path, inode: int) -> bool:
-    fields = {}
     try:
-        for line in path.read_bytes().splitlines():
-            name, _, value = line.partition(b":")
-            fields[name] = value.strip()
+        fields = _fields(path)
     except OSError:
         return False  # closed meanwhile
     if fields.get(b"ino") != b"%d" % inode:
         return False
     return int(fields.get(b"flags", b"0"), 8) & os.O_ACCMODE != os.O_RDONLY
+
+
+def _fields(path: Path) -> dict[bytes, bytes]:
+    """A file of lines "name: value". Raises: OSError."""
+    lines = (line.partition(b":") for line in path.read_bytes().splitlines())
+    return {name: value.strip() for name, _, value in lines}
 
 
 def _flags(path: Path) -> int | None:

@@ -31,7 +31,7 @@ from backupfs.fuse.handles import (
 )
 from backupfs.fuse.inodes import Inodes
 from backupfs.fuse.layout import Entry, Kind, Layout
-from backupfs.fuse.openers import holds_for_writing, process_of
+from backupfs.fuse.openers import holds_for_writing, opener_of
 from backupfs.fuse.texts import Texts
 from backupfs.fuse.threads import Threads
 from backupfs.service import Service, StagingArea
@@ -234,7 +234,7 @@ class Requests(pyfuse3.Operations):
                 continue
             number = self._inodes.number(staged_entry(handle.handle))
             with trio.move_on_at(handle.flushed_at + RELEASE_SECONDS_MAX):
-                if not await self.threads.slow(holds_for_writing, handle.opener, number):
+                if not await self.threads.slow(holds_for_writing, handle.opener.process_id, number):
                     await handle.released.wait()
 
     async def _create_staged(
@@ -247,7 +247,7 @@ class Requests(pyfuse3.Operations):
             uid=ctx.uid,
             gid=ctx.gid,
         )
-        return StagedWriter(handle, process_of(ctx.pid))
+        return StagedWriter(handle, opener_of(ctx.pid))
 
     async def _take_in(self, writer: TextWriter) -> None:
         """A small file was closed: check it and keep it, or say why not."""

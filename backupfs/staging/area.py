@@ -47,9 +47,20 @@ class WriteHandle:
     """One open-for-writing of a staged file."""
 
     staged: StagedFile
-    ends_sized: bool = (
-        False  # its last change of data was setting the size: rsync and scp finish so
-    )
+    sets_size_last: bool = False  # its program does so when it has written all, and only then
+    was_sized: bool = False  # its last change of data was setting the size
+    was_grown: bool = False  # … to more than what was written
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether its program has shown that all is written: rsync and scp set the size last."""
+        # Beyond what was written there are zeros, not a copy, unless the program is known.
+        return self.was_sized and (self.sets_size_last or not self.was_grown)
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether its program would have shown that all is written, and did not."""
+        return self.sets_size_last and not self.was_sized
 
 
 class StagingArea:
@@ -217,14 +228,13 @@ class StagingArea:
         staged.unflushed.add(id(handle))
         staged.content_changed(self._ambient.now())
         staged.written = True
-        handle.ends_sized = False
+        handle.was_sized = False
 
     def truncate(self, staged: StagedFile, size: int, handle: WriteHandle | None) -> None:
         """Set the size, through a handle or by name. Raises: BackupfsError."""
         with staged.lock:
             if handle is not None:
-                # To the size of what was written, or less: beyond it there are zeros, not a copy.
-                handle.ends_sized = size <= staged.size
+                handle.was_sized, handle.was_grown = True, size > staged.size
             if size == staged.size:
                 return
             if handle is not None:
@@ -246,9 +256,11 @@ class StagingArea:
         """
         staged = handle.staged
         with staged.lock:
-            if handle.ends_sized and not interrupted:
+            if handle.is_complete and not interrupted:
                 staged.interrupted = staged.left_partial = False
                 staged.failure = ""
+            elif handle.is_cut_short and id(handle) in staged.unflushed:
+                staged.left_partial = True
             staged.unflushed.discard(id(handle))
             self._keeper.flush(staged, interrupted=interrupted)
 

@@ -63,7 +63,7 @@ class Facts:
     temporary: bool  # by its name
     renamed: bool  # it got its present name by a rename, after its last write
     interrupted: bool  # its writer was killed
-    left_partial: bool  # rsync gave it its name without having received all of it
+    left_partial: bool  # rsync left it without having written all of it
     failure: str  # why something written was lost; empty otherwise
     settled: bool  # it was quiet long enough
     explicit: bool  # the user said: publish
@@ -101,7 +101,7 @@ def _evidence_against(facts: Facts, policy: Policy) -> str:
     if facts.interrupted:
         return "the program that wrote it was killed"
     if facts.left_partial:
-        return "rsync was interrupted and kept a partial file"
+        return "rsync was interrupted before it had written all"
     if facts.latest_size is not None and facts.size < facts.latest_size:
         return f"smaller than the latest backup ({facts.size} of {facts.latest_size} bytes)"
     if policy.publish_on_rename_only and not facts.renamed:

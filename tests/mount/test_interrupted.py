@@ -1,8 +1,8 @@
 """Copies that are cut short: the last good backup stays the latest, and nothing is lost.
 
-The kernel says of most programs, when they are killed, that they were. Where it does not (a
-program that handles its signal and closes in good order; a server that lives on when its client is
-gone) only the size can tell, and these tests say so.
+The kernel says of most programs, when they are killed, that they were, and rsync shows by its last
+call that it has written all. Of others (a program that handles its signal and closes in good order;
+a server that lives on when its client is gone) only the size can tell, and these tests say so.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from mounted import MIB, Mounted, Word, assert_same, becomes, needs, patched, random_bytes, run
+from mounted import MIB, Mounted, Word, becomes, needs, patched, random_bytes, run
 
 OLD = random_bytes(8 * MIB)
 NEW = patched(random_bytes(8 * MIB, 2), 0, OLD[:MIB])
@@ -312,18 +312,21 @@ class SlowRsync:
         os.utime(self.source, (1_600_000_000, 1_600_000_000))
         self.words = words
 
-    def start(self, target: Path) -> subprocess.Popen[bytes]:
+    def start(
+        self, target: Path, *, is_under_way: Callable[[], bool] | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Returns when there is something of it: a new file of some size, unless told otherwise."""
         before = {path.name for path in self.mounted.staging.iterdir()}
         process = self.mounted.start("rsync", "--bwlimit=4M", *self.words, self.source, target)
 
-        def is_under_way() -> bool:
+        def is_growing() -> bool:
             return any(
                 path.stat().st_size > 2 * MIB
                 for path in self.mounted.staging.iterdir()
-                if path.name not in before or "--inplace" in self.words
+                if path.name not in before
             )
 
-        assert becomes(is_under_way, seconds=20)
+        assert becomes(is_under_way or is_growing, seconds=20)
         return process
 
 
@@ -386,13 +389,8 @@ def test_partial_file_without_times_is_told_by_the_size_alone(mounted: Mounted) 
 @pytest.mark.tools
 @needs("rsync")
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_killed_first_rsync_in_place_gives_no_evidence(
-    mounted: Mounted, number: signal.Signals
-) -> None:
-    """Its receiver is another process that closes in good order: nobody can tell.
-
-    So this is a backup, of what was there. The next complete one is another, and larger.
-    """
+def test_killed_first_rsync_in_place_is_held(mounted: Mounted, number: signal.Signals) -> None:
+    """Its receiver is another process that closes in good order, but does not set the size."""
     target = mounted.staging / "web01.img"
     slow = SlowRsync(mounted, "-t", "--inplace")
     process = slow.start(target)
@@ -400,29 +398,35 @@ def test_killed_first_rsync_in_place_gives_no_evidence(
     process.send_signal(number)
     process.wait(timeout=20)
 
-    assert becomes(lambda: mounted.names("web01") != [] or mounted.drafts() != {}, seconds=10)
-    if becomes(lambda: mounted.names("web01") != [], seconds=1):
-        assert slow.content.startswith(mounted.latest("web01").read_bytes())
+    draft = mounted.assert_held("web01.img", "web01")
+    assert "rsync" in draft["reason"]
+    assert slow.content.startswith(target.read_bytes())
     run("rsync", "-It", "--inplace", "--no-whole-file", slow.source, target)
-    assert_same(mounted.latest("web01"), slow.content)
-    assert mounted.drafts() == {}
+    mounted.assert_backups("web01", slow.content)
 
 
 @pytest.mark.tools
 @needs("rsync")
-def test_killed_rsync_in_place_over_a_larger_head_is_held_by_its_size(mounted: Mounted) -> None:
-    """A head of the same size is patched half-way without a trace; see the test above."""
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_head_that_a_killed_rsync_patched_in_part_is_held(
+    mounted: Mounted, number: signal.Signals
+) -> None:
+    """A mix of two images of one size: published, it would be restored as if it were whole."""
     target = mounted.staging / "web01.img"
     slow = SlowRsync(mounted, "--inplace", "--whole-file")
-    run("cp", mounted.image(slow.content + OLD), target)
-    run("rm", target)
-    process = slow.start(target)
+    old = random_bytes(SlowRsync.SIZE, 5)
+    run("cp", mounted.image(old), target)
+    process = slow.start(
+        target, is_under_way=lambda: target.read_bytes()[: 2 * MIB] != old[: 2 * MIB]
+    )
 
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     process.wait(timeout=20)
 
-    assert becomes(lambda: mounted.drafts().get("web01.img", {}).get("state") == "held", seconds=9)
-    mounted.assert_held("web01.img", "web01", slow.content + OLD)
+    draft = mounted.assert_held("web01.img", "web01", old)
+    assert draft["size"] == len(old) and "rsync" in draft["reason"]
+    run("rsync", "-S", "--inplace", "--no-whole-file", slow.source, target)
+    mounted.assert_backups("web01", old, slow.content)
 
 
 @pytest.mark.tools

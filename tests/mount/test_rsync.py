@@ -94,6 +94,27 @@ def test_rsync_in_place_of_a_smaller_image_is_held(mounted: Mounted) -> None:
     mounted.assert_backups("web01", IMAGE, IMAGE[:MIB])
 
 
+def test_rsync_that_appends_to_a_head_makes_the_next_backup(mounted: Mounted) -> None:
+    target = mounted.staging / "web01.img"
+    run("cp", mounted.image(IMAGE[: 3 * MIB]), target)
+
+    run("rsync", "--append", mounted.image(IMAGE), target)
+
+    mounted.assert_backups("web01", IMAGE[: 3 * MIB], IMAGE)
+
+
+def test_rsync_with_a_folder_for_its_temporary_files(mounted: Mounted) -> None:
+    """Their names there look like those of images, as they have no dot before them."""
+    (mounted.staging / ".tmp").mkdir()
+    target = mounted.staging / "web01.img"
+    words = ("rsync", "-t", f"--temp-dir={mounted.staging / '.tmp'}")
+
+    run(*words, made_older(mounted.image(IMAGE), 0), target)
+    run(*words, made_older(mounted.image(CHANGED), 1), target)
+
+    mounted.assert_backups("web01", IMAGE, CHANGED)
+
+
 @pytest.mark.parametrize("words", [["-S"], ["-S", "--inplace"], ["-S", "--preallocate"]])
 def test_sparse_rsync_writes_odd_pieces_and_holes(mounted: Mounted, words: list[str]) -> None:
     content = IMAGE[: MIB + 9] + bytes(3 * MIB + 77) + IMAGE[MIB:] + bytes(2 * MIB)

@@ -261,6 +261,46 @@ def test_a_killed_copy_that_is_resumed_and_sized_is_published(service, area):
     assert images(service) == [IMAGE]
 
 
+def test_a_program_that_sets_the_size_last_and_did_not_was_cut_short(location):
+    """As rsync --inplace: its end looks like any other, but for that."""
+    with next_start(location) as (service, area):
+        copy(area, "vm.img", IMAGE)
+        handle = reopen(area, "vm.img")
+        handle.sets_size_last = True
+        area.truncate(handle.staged, len(IMAGE), handle)
+        write(area, handle, OTHER[:1000])
+        close(area, handle)
+
+        assert state(area, "vm.img").startswith("held: rsync was interrupted")
+    with next_start(location) as (service, area):
+        assert state(area, "vm.img").startswith("held: rsync was interrupted")
+        assert images(service) == [IMAGE]
+
+
+@pytest.mark.parametrize("holes", [0, 5000], ids=["no hole at the end", "a hole at the end"])
+def test_a_program_that_sets_the_size_last_completes_what_was_cut_short(service, area, holes):
+    copy(area, "vm.img", IMAGE[:1000], killed=True)
+    handle = reopen(area, "vm.img")
+    handle.sets_size_last = True
+
+    write(area, handle, IMAGE[1000:], 1000)
+    area.truncate(handle.staged, len(IMAGE) + holes, handle)
+    close(area, handle)
+
+    assert images(service) == [IMAGE + bytes(holes)]
+
+
+def test_a_program_that_sets_the_size_last_and_wrote_nothing_makes_no_backup(service, area):
+    copy(area, "vm.img", IMAGE)
+    handle = reopen(area, "vm.img")
+    handle.sets_size_last = True
+
+    close(area, handle)
+
+    assert state(area, "vm.img") == "published"
+    assert images(service) == [IMAGE]
+
+
 def test_a_smaller_copy_is_held_and_published_when_told_to(service, area):
     copy(area, "vm.img", IMAGE)
     copy(area, "vm.img", IMAGE[:1000])
