@@ -6,7 +6,8 @@ Knows nothing of inodes, handles or attributes. All answers come from memory: th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -74,9 +75,12 @@ class Layout:
     def __init__(self, catalogue: Catalogue, area: StagingArea | None) -> None:
         self._catalogue = catalogue
         self._area = area
+        self._lock = threading.Lock()  # over changes: the catalogue tells of its own from threads
         self._folders = _Folders()
         self._volumes: set[str] = set()
-        self._emptied: set[str] = set()  # folders whose last backup was removed through the mount
+        # Folders that stay until rmdir, as their last backup, or folder, was removed by name.
+        self._emptied: set[str] = set()
+        self._left: set[str] = set()
         self._without_latest: set[str] = set()  # volumes whose link was removed
         catalogue.subscribe(self._follow)
         for volume in catalogue.volumes():
@@ -129,25 +133,42 @@ class Layout:
 
     def keep_emptied(self, volume: str) -> None:
         """A volume's backup is about to be removed by name: its folder stays until rmdir."""
-        if volume not in self._emptied:
-            self._emptied.add(volume)
-            self._folders.add(volume)
+        with self._lock:
+            self._keep(self._emptied, volume)
 
     def hide_latest(self, volume: str) -> None:
         """The link was removed, as "rm -r" does; the next backup brings it back."""
         self._without_latest.add(volume)
 
     def remove_folder(self, path: str) -> bool:
-        """Drop a folder of ``volumes/``; False where there are backups in or below it."""
+        """Drop a folder of ``volumes/``; False where there are backups in or below it.
+
+        The one it lies in stays, as "rm -r" removes it next.
+        """
         below = f"{path}/"
-        if any(volume == path or volume.startswith(below) for volume in self._volumes):
-            return False
-        for emptied in [
-            volume for volume in self._emptied if volume == path or volume.startswith(below)
-        ]:
-            self._emptied.discard(emptied)
-            self._folders.remove(emptied)
+
+        def goes(folder: str) -> bool:
+            return folder == path or folder.startswith(below)
+
+        with self._lock:
+            if any(map(goes, self._volumes)):
+                return False
+            self._let_go(goes)
+            parent = path.rpartition("/")[0]
+            if parent and not self._folders.has(parent):
+                self._keep(self._left, parent)
         return True
+
+    def _keep(self, kept: set[str], path: str) -> None:
+        if path not in kept:
+            kept.add(path)
+            self._folders.add(path)
+
+    def _let_go(self, goes: Callable[[str], bool]) -> None:
+        for kept in (self._emptied, self._left):
+            for path in list(filter(goes, kept)):
+                kept.discard(path)
+                self._folders.remove(path)
 
     # -- parts -------------------------------------------------------------------------------------
 
@@ -215,17 +236,21 @@ class Layout:
             yield f"{backup_id}{RECORD_SUFFIX}", Entry(Kind.RECORD, backup_id)
 
     def _follow(self, change: Change) -> None:
-        for record in (*change.added, *change.removed):
-            volume = record.volume
-            exists = self._catalogue.latest(volume) is not None
-            if exists and volume not in self._volumes:
-                self._volumes.add(volume)
-                self._folders.add(volume)
-            elif not exists and volume in self._volumes:
-                self._volumes.discard(volume)
-                self._folders.remove(volume)
-        for record in change.added:
-            self._without_latest.discard(record.volume)
+        with self._lock:
+            for record in (*change.added, *change.removed):
+                self._follow_volume(record.volume)
+            for record in change.added:
+                self._without_latest.discard(record.volume)
+
+    def _follow_volume(self, volume: str) -> None:
+        exists = self._catalogue.latest(volume) is not None
+        if exists and volume not in self._volumes:
+            self._volumes.add(volume)
+            self._folders.add(volume)
+            self._let_go(lambda path: f"{volume}/".startswith(f"{path}/"))
+        elif not exists and volume in self._volumes:
+            self._volumes.discard(volume)
+            self._folders.remove(volume)
 
 
 class _Folders:

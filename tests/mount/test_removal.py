@@ -104,6 +104,38 @@ def test_removing_the_folder_removes_the_volume(mounted: Mounted, web01: Path, f
     assert mounted.listed("list") == []
 
 
+@pytest.mark.parametrize("place", ["100", "100/a", "100/a/disk-0"])
+def test_removing_a_folder_of_volumes_in_sub_folders(mounted: Mounted, place: str) -> None:
+    """Folders that are there for what lies in them stay until rmdir, as everywhere."""
+    (mounted.staging / "100/a").mkdir(parents=True)
+    run("cp", mounted.image(IMAGE), mounted.staging / "100/a/disk-0.img")
+    run("cp", mounted.image(IMAGE), mounted.staging / "other.img")
+
+    ended = run("rm", "-r", mounted.volumes / place)
+
+    assert ended.stderr == b""
+    above = [folder for folder in ("100/a", "100") if place.startswith(f"{folder}/")]
+    for folder in above:
+        assert os.listdir(mounted.volumes / folder) == []
+        (mounted.volumes / folder).rmdir()
+    assert os.listdir(mounted.volumes) == ["other"]
+    run("cp", mounted.image(CHANGED), mounted.staging / "100/a/disk-0.img")
+    mounted.assert_backups("100/a/disk-0", CHANGED)
+
+
+def test_emptied_folder_goes_with_the_last_volume_that_came_into_it(mounted: Mounted) -> None:
+    (mounted.staging / "100").mkdir()
+    for name in ("disk-0", "disk-1"):
+        run("cp", mounted.image(IMAGE), mounted.staging / "100" / f"{name}.img")
+        if name == "disk-0":
+            run("rm", "-r", mounted.volumes / "100" / name)
+    assert os.listdir(mounted.volumes / "100") == ["disk-1"]
+
+    mounted.command("delete", "100/disk-1@latest")
+
+    assert becomes(lambda: os.listdir(mounted.volumes) == [], seconds=5)
+
+
 def test_python_removes_a_volume(mounted: Mounted, web01: Path) -> None:
     shutil.rmtree(web01)
 
