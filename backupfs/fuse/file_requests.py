@@ -39,7 +39,7 @@ class FileRequests(Requests):
         if parent.kind is Kind.STAGING:
             writer = await self._create_staged(parent, name, mode, ctx)
             info = self._opened_to_write(writer, flags)
-            return info, await self._stat(staged_entry(writer.handle))
+            return info, await self._told(staged_entry(writer.handle))
         self._writable()
         text = text_of(name)
         if parent.kind is not Kind.BACKUPS or not _may_be_sidecar(text):
@@ -47,7 +47,7 @@ class FileRequests(Requests):
         entry = Entry(Kind.SIDECAR, text)
         sidecar = TextWriter(entry, handles.RECORD_TEXT_SIZE_MAX)
         self._sidecars[text] = sidecar
-        return self._opened(sidecar, direct=True), await self._stat(entry)
+        return self._opened(sidecar, direct=True), await self._told(entry)
 
     @answered
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
@@ -169,8 +169,15 @@ class FileRequests(Requests):
                 )
         elif isinstance(handle, (BackupHandle, StagedReader)) and self._area is not None:
             self._service.repository.writer().session.let_go(handle.root)
-        elif isinstance(handle, TextWriter) and not is_temporary(handle.entry.key):
-            self._sidecars.pop(handle.entry.key, None)
+        elif isinstance(handle, TextWriter):
+            self._forget_sidecar(handle)
+
+    def _forget_sidecar(self, writer: TextWriter) -> None:
+        """Where nobody has it open any more: the next copy of that name may have begun."""
+        name = writer.entry.key
+        is_open = any(other is writer for other in self._handles.values())
+        if self._sidecars.get(name) is writer and not is_open and not is_temporary(name):
+            del self._sidecars[name]
 
     def _opened_to_write(self, writer: StagedWriter, flags: int) -> FileInfo:
         write_only = flags & os.O_ACCMODE == os.O_WRONLY

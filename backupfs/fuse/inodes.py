@@ -1,12 +1,15 @@
 """Inode numbers: the same entry has the same number at every mount.
 
 A number is made from what the entry is, so file handles of NFS survive a restart. The table only
-leads back from numbers to entries; what is not in it is found again by walking the tree.
+leads back from numbers to entries; what is not in it is found again by walking the tree, if it has
+a name there. It keeps what the kernel knows: that forgets a number as often as it was told of it,
+and may be told of it anew before we hear that it forgot it.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 
 from backupfs.fuse.layout import ROOT, Entry, Layout
 
@@ -20,6 +23,7 @@ class Inodes:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._entries: dict[int, Entry] = {ROOT_NUMBER: ROOT}
+        self._told: Counter[int] = Counter()
 
     def number(self, entry: Entry) -> int:
         """The inode number of ``entry``."""
@@ -40,10 +44,17 @@ class Inodes:
                     return found
         return entry
 
-    def forget(self, number: int) -> None:
-        """The kernel does not hold this number any more."""
-        if number != ROOT_NUMBER:
-            self._entries.pop(number, None)
+    def tell(self, entry: Entry) -> None:
+        """The kernel is told of ``entry`` by its name."""
+        self._told[self.number(entry)] += 1
+
+    def forget(self, number: int, count: int) -> None:
+        """The kernel does not need ``count`` of the times any more that it was told of a number."""
+        self._told[number] -= count
+        if self._told[number] <= 0:
+            del self._told[number]
+            if number != ROOT_NUMBER:
+                self._entries.pop(number, None)
 
 
 def _preferred(entry: Entry) -> int:

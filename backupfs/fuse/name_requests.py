@@ -34,14 +34,14 @@ class NameRequests(Requests):
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         parent = self._entry(parent_inode)
         if name == b".":
-            return await self._stat(parent)
+            return await self._told(parent)
         if name == b"..":
-            return await self._stat(self._layout.parent(parent))
+            return await self._told(self._layout.parent(parent))
         if parent.kind is Kind.VOLUMES:
             await self._published_below(self._path(parent, name))
         elif parent.kind is Kind.BACKUPS and self._layout.child(parent, text_of(name)) is None:
             await self._published_below("")
-        return await self._stat(self._child(parent, name))
+        return await self._told(self._child(parent, name))
 
     @answered
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
@@ -110,8 +110,8 @@ class NameRequests(Requests):
         return True  # the kernel checks permissions itself (default_permissions)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        for number, _count in inode_list:
-            self._inodes.forget(number)
+        for number, count in inode_list:
+            self._inodes.forget(number, count)
 
     @answered
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
@@ -151,6 +151,7 @@ class NameRequests(Requests):
                 continue
             if not pyfuse3.readdir_reply(token, os.fsencode(name), attributes, place + 1):
                 return
+            self._inodes.tell(entry)
 
     async def releasedir(self, fh: int) -> None:
         self._folder_handles.pop(fh, None)
@@ -167,7 +168,7 @@ class NameRequests(Requests):
             raise FUSEError(errno.EPERM)
         path = self._path(parent, name)
         await self.threads.slow(self._writable().make_folder, path)
-        return await self._stat(Entry(Kind.STAGING, path))
+        return await self._told(Entry(Kind.STAGING, path))
 
     @answered
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -263,7 +264,7 @@ class NameRequests(Requests):
             raise FUSEError(errno.EPERM)
         writer = await self._create_staged(parent, name, mode, ctx)
         await self.threads.slow(self._writable().release, writer.handle, interrupted=False)
-        return await self._stat(staged_entry(writer.handle))
+        return await self._told(staged_entry(writer.handle))
 
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext

@@ -127,6 +127,12 @@ class Requests(pyfuse3.Operations):
             raise FUSEError(errno.ENOENT)
         return attributes
 
+    async def _told(self, entry: Entry) -> EntryAttributes:
+        """The same for an answer that makes an entry known to the kernel."""
+        attributes = await self._stat(entry)
+        self._inodes.tell(entry)
+        return attributes
+
     async def _stat_or_none(self, entry: Entry) -> EntryAttributes | None:
         text_size = 0
         if entry.kind is Kind.SIDECAR:

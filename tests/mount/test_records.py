@@ -83,6 +83,16 @@ def test_record_is_a_small_file_and_the_same_as_the_command_exports(
     assert (mounted.folder / "export").read_bytes() == exported.content
 
 
+def test_record_that_is_copied_in_again_and_again(mounted: Mounted, exported: Exported) -> None:
+    """Under one name that is no backup's: what one copy leaves to be tidied up harms not the next."""
+    target = mounted.backups / "x.msgpack"
+
+    ended = shell('for _ in {1..25}; do cp "$1" "$2"; cp -p "$1" "$2"; done', exported.path, target)
+
+    assert ended.stderr == b""
+    assert f"took in 'backups/{target.name}'" in mounted.events()
+
+
 @pytest.mark.parametrize(
     "script",
     [
