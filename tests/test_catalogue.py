@@ -25,9 +25,9 @@ def stepped(location: str) -> SteppedStorage:
 
 
 @pytest.fixture
-def catalogue(stepped: SteppedStorage) -> Catalogue:
+def catalogue(stepped: SteppedStorage, service: Service) -> Catalogue:
     """Another process's view of the same records."""
-    return Catalogue(RecordStore(stepped, IdScheme()), stepped)
+    return Catalogue(RecordStore(stepped, IdScheme(), service.config), stepped)
 
 
 def ids(catalogue: Catalogue) -> list[str]:
@@ -227,7 +227,7 @@ def test_a_record_that_could_not_be_read_for_a_moment_comes_back(service, locati
     records = in_order(service, 3)
     storage = FaultyStorage(location)
     monkeypatch.setattr(storage, "change_mark", lambda _prefix: 7)
-    catalogue = Catalogue(RecordStore(storage, IdScheme()), storage)
+    catalogue = Catalogue(RecordStore(storage, IdScheme(), service.config), storage)
     storage.fail_at(3, UNAVAILABLE)
     with contextlib.suppress(StorageError):
         catalogue.refresh()

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from backupfs.errors import CorruptBlob, MissingBlob, ObjectNotFound, StorageUnavailable
 from backupfs.format import blob as blob_format
+from backupfs.format.blob import LEVEL_MAX
 from backupfs.format.ids import IdScheme
 from backupfs.format.pack import PackEntry, pack_name
 from backupfs.format.tree import HOLE_NODE
@@ -70,19 +71,19 @@ class BlobReader:
         """A node's bytes. Raises: DamageError, StorageError."""
         if blob_id == HOLE:
             return HOLE_NODE
-        data = self._nodes.get(blob_id)
+        data = self._nodes.get(node_key(blob_id, level))
         if data is None:
             data = self._fetch([blob_id], level)[0]
-            self._nodes.put(blob_id, data)
+            self._nodes.put(node_key(blob_id, level), data)
         return data
 
-    def cached_node(self, blob_id: BlobId) -> bytes | None:
+    def cached_node(self, blob_id: BlobId, level: int) -> bytes | None:
         """A node's bytes if they are in memory."""
-        return HOLE_NODE if blob_id == HOLE else self._nodes.get(blob_id)
+        return HOLE_NODE if blob_id == HOLE else self._nodes.get(node_key(blob_id, level))
 
-    def keep_node(self, blob_id: BlobId, data: bytes) -> None:
+    def keep_node(self, blob_id: BlobId, level: int, data: bytes) -> None:
         """Put a node just written into the cache."""
-        self._nodes.put(blob_id, data)
+        self._nodes.put(node_key(blob_id, level), data)
 
     def chunks(self, blob_ids: Sequence[BlobId]) -> list[bytes]:
         """The chunks of ``blob_ids``, in order; holes are zeros.
@@ -134,7 +135,8 @@ class BlobReader:
         blob_ids = list(blob_ids)
         for blob_id in blob_ids:
             self._chunks.drop(blob_id)
-            self._nodes.drop(blob_id)
+            for level in range(1, LEVEL_MAX + 1):
+                self._nodes.drop(node_key(blob_id, level))
         try:
             self._index.mark_damaged(blob_ids)
             self._avoided.blobs = self._index.damaged()
@@ -235,6 +237,8 @@ class BlobReader:
                 raise blob_format.BadBlobError("a chunk of another size")
             return plain
         except blob_format.BadBlobError as error:
+            if self._is_of_another_level(data, blob_id, level):
+                raise MissingBlob(blob_id=blob_id.hex()) from error
             raise CorruptBlob(
                 blob_id=blob_id.hex(),
                 pack_id=location.pack_id.hex() if location else "still open",
@@ -242,32 +246,50 @@ class BlobReader:
                 reason=str(error),
             ) from error
 
+    def _is_of_another_level(self, data: bytes | memoryview, blob_id: BlobId, level: int) -> bool:
+        """Whether a whole blob was asked for as what it is not, as forged trees do: no two levels
+        have an id in common, so it is not damaged, and there is no such blob as was asked for."""
+        try:
+            header = blob_format.unpack_header(data)
+            if header.level != level:
+                blob_format.decode(data, expected=blob_id, level=header.level, ids=self._ids)
+                return True
+        except blob_format.BadBlobError:
+            pass
+        return False
+
+
+def node_key(blob_id: BlobId, level: int) -> bytes:
+    """What tells a node from one with the same id at another level: only one of them exists, and a
+    forged tree may ask for the other."""
+    return blob_id + bytes((level,))
+
 
 class _Cache:
-    """Bytes by blob id, the least recently used dropped first. Thread-safe."""
+    """Bytes by key, the least recently used dropped first. Thread-safe."""
 
     def __init__(self, count_max: int) -> None:
         self._count_max = count_max
-        self._entries: OrderedDict[BlobId, bytes] = OrderedDict()
+        self._entries: OrderedDict[bytes, bytes] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, blob_id: BlobId) -> bytes | None:
+    def get(self, key: bytes) -> bytes | None:
         with self._lock:
-            data = self._entries.get(blob_id)
+            data = self._entries.get(key)
             if data is not None:
-                self._entries.move_to_end(blob_id)
+                self._entries.move_to_end(key)
             return data
 
-    def put(self, blob_id: BlobId, data: bytes) -> None:
+    def put(self, key: bytes, data: bytes) -> None:
         with self._lock:
-            self._entries[blob_id] = data
-            self._entries.move_to_end(blob_id)
+            self._entries[key] = data
+            self._entries.move_to_end(key)
             while len(self._entries) > self._count_max:
                 self._entries.popitem(last=False)
 
-    def drop(self, blob_id: BlobId) -> None:
+    def drop(self, key: bytes) -> None:
         with self._lock:
-            self._entries.pop(blob_id, None)
+            self._entries.pop(key, None)
 
 
 def _runs(

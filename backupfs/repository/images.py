@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from backupfs.errors import DamageError
 from backupfs.format import tree
@@ -56,7 +57,7 @@ def cached_leaf_ids(reader: BlobReader, root: Root, first: int, count: int) -> l
         ids: list[BlobId] = []
         while len(ids) < count:
             chunk_index = first + len(ids)
-            node = _leaf(lambda blob_id, _level: _cached(reader, blob_id), root, chunk_index)
+            node = _leaf(partial(_cached, reader), root, chunk_index)
             start = chunk_index % FANOUT
             stop = min(FANOUT, start + count - len(ids))
             ids.extend(tree.node_entry(node, place) for place in range(start, stop))
@@ -69,8 +70,8 @@ class _NotCached(Exception):
     pass
 
 
-def _cached(reader: BlobReader, blob_id: BlobId) -> bytes:
-    data = reader.cached_node(blob_id)
+def _cached(reader: BlobReader, blob_id: BlobId, level: int) -> bytes:
+    data = reader.cached_node(blob_id, level)
     if data is None:
         raise _NotCached
     return data
@@ -264,7 +265,7 @@ class TreeEditor:
             batch = self._store.store_nodes(part, level=level)
             self.added_size += batch.added_size
             for blob_id, node in zip(batch.ids, part, strict=True):
-                self._reader.keep_node(blob_id, node)
+                self._reader.keep_node(blob_id, level, node)
             ids.extend(batch.ids)
         stored = iter(ids)
         return [HOLE if node == HOLE_NODE else next(stored) for node in nodes]

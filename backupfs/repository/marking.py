@@ -13,7 +13,7 @@ from pathlib import Path
 from backupfs.errors import CorruptObject
 from backupfs.format.draft_state import STATE_SIZE_MAX, decode_draft_state
 from backupfs.format.ids import IdScheme
-from backupfs.repository.blobs import BlobReader
+from backupfs.repository.blobs import BlobReader, node_key
 from backupfs.repository.images import OnDamage, Root, walk
 from backupfs.repository.index import Index
 from backupfs.storage.oserrors import translated
@@ -71,8 +71,9 @@ class Marker:
             for _first, ids in walk(self._reader, root, enter=self._enter, on_damage=on_damage):
                 self._locate([blob_id for blob_id in ids if blob_id != HOLE])
 
-    def _enter(self, blob_id: BlobId, _level: int) -> bool:
-        key = blob_id[:16]
+    def _enter(self, blob_id: BlobId, level: int) -> bool:
+        # With its level: a forged tree that has it in another place must not hide what it reaches.
+        key = node_key(blob_id, level)[16:]
         if key in self._entered:
             return False
         self._entered.add(key)

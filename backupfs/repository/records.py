@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from backupfs.errors import CorruptObject, InvalidRecord, ObjectNotFound, StorageUnavailable
+from backupfs.format.config import RepositoryConfig
 from backupfs.format.ids import IdScheme
 from backupfs.format.record import (
     RECORD_SIZE_MAX,
@@ -31,9 +32,10 @@ def as_damage(name: ObjectName, error: UnreadableError) -> CorruptObject:
 class RecordStore:
     """The records of one repository."""
 
-    def __init__(self, storage: Storage, ids: IdScheme) -> None:
+    def __init__(self, storage: Storage, ids: IdScheme, config: RepositoryConfig) -> None:
         self._storage = storage
         self._id_scheme = ids
+        self._config = config
 
     def put(self, record: Record) -> None:
         """Publish a backup: when this returns it exists and survives a power cut.
@@ -59,6 +61,11 @@ class RecordStore:
             raise CorruptObject(name=name, reason=error.reason) from error
         if record.backup_id != backup_id:
             raise CorruptObject(name=name, reason="it is the record of another backup")
+        # Copied in by hand. With chunks of another size it would be read wrong.
+        if record.repository_id != self._config.repository_id:
+            raise CorruptObject(name=name, reason=f"it is of repository {record.repository_id}")
+        if record.chunk_size != self._config.chunk_size:
+            raise CorruptObject(name=name, reason=f"its chunks have {record.chunk_size} bytes")
         return record
 
     def exists(self, backup_id: str) -> bool:

@@ -176,7 +176,7 @@ class Repository:
         self.lock_seconds_max = LOCK_SECONDS_MAX if lock_seconds_max is None else lock_seconds_max
         self.index = Index.open(cache_folder(_cache_name(self.config, self.folder)))
         self.avoided = Avoided()
-        self.records = RecordStore(storage, self.ids)
+        self.records = RecordStore(storage, self.ids, self.config)
         self.metadata = MetadataStore(storage, self.ids)
         self.reader = BlobReader(
             storage=storage,

@@ -12,9 +12,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from backupfs.errors import CorruptObject, DamageError, ObjectNotFound, StorageUnavailable
+from backupfs.errors import (
+    CorruptObject,
+    DamageError,
+    MissingBlob,
+    ObjectNotFound,
+    StorageUnavailable,
+)
 from backupfs.format import blob as blob_format
 from backupfs.format import tree
+from backupfs.format.blob import LEVEL_MAX
 from backupfs.format.pack import PackEntry, pack_name
 from backupfs.format.record import Record
 from backupfs.repository.blobs import RANGE_SIZE_MAX
@@ -47,7 +54,9 @@ class Verification:
         self._progress = progress
         self._progress_lock = threading.Lock()
         self._marker = Marker(repository.reader, repository.index)
-        self._bad: dict[BlobId, tuple[str, str]] = {}  # blob -> (object, reason)
+        # (blob, level) -> (object, reason): a forged tree may name a whole blob at a wrong level.
+        self._bad: dict[tuple[BlobId, int], tuple[str, str]] = {}
+        self._absent: set[tuple[BlobId, int]] = set()  # of the bad: those that are nowhere
         self._unlisted: set[PackId] = set()  # packs whose footers cannot be read
         self.findings: list[Finding] = []
         self.bytes_checked = 0
@@ -58,13 +67,16 @@ class Verification:
         roots = (Root(record.root, record.height) for record in records)
         self._marker.mark(roots, on_damage=self._bad_node)
         for blob_id in self._marker.reached.missing:
-            self._bad.setdefault(blob_id, ("no pack", "it is not in any pack"))
+            for level in range(LEVEL_MAX + 1):
+                self._bad.setdefault((blob_id, level), ("no pack", "it is not in any pack"))
         if not quick:
             self._read_packs()
         if self._unlisted:
             self._check_unlisted(records)
         if self._bad:
-            self._repository.reader.note_damage(self._bad)
+            self._repository.reader.note_damage(
+                {blob_id for blob_id, level in self._bad.keys() - self._absent}
+            )
             for record in records:
                 # Deleted meanwhile, and collected: that is no damage.
                 if self._repository.records.exists(record.backup_id):
@@ -87,9 +99,11 @@ class Verification:
             for error in damage
         )
 
-    def _bad_node(self, blob_id: BlobId, _level: int, _first: int, error: DamageError) -> None:
+    def _bad_node(self, blob_id: BlobId, level: int, _first: int, error: DamageError) -> None:
         pack_id = error.fields.get("pack_id", "no pack")
-        self._bad[blob_id] = (f"packs/…/{pack_id}", str(error))
+        self._bad[blob_id, level] = (f"packs/…/{pack_id}", str(error))
+        if isinstance(error, MissingBlob):
+            self._absent.add((blob_id, level))
 
     def _read_packs(self) -> None:
         sizes = list_packs(self._repository.storage)
@@ -119,11 +133,12 @@ class Verification:
     def _check_unlisted(self, records: Sequence[Record]) -> None:
         """Blobs of packs without a usable footer, one by one, where the index has them."""
         checked: set[BlobId] = set()
+        entered: set[tuple[BlobId, int]] = set()
 
         def enter(blob_id: BlobId, level: int) -> bool:
-            if blob_id in checked:
+            if (blob_id, level) in entered:
                 return False
-            checked.add(blob_id)
+            entered.add((blob_id, level))
             self._check_where_indexed([blob_id], level)
             return True
 
@@ -151,7 +166,8 @@ class Verification:
             return
         except StorageUnavailable as error:  # the disk cannot read it, or some of it
             if len(group) == 1:
-                self._bad[first.blob_id] = (name, f"{error.reason} (at offset {first.offset})")
+                reason = f"{error.reason} (at offset {first.offset})"
+                self._bad[first.blob_id, first.level] = (name, reason)
             else:
                 for entry in group:
                     self._check(pack_id, [entry])
@@ -167,7 +183,8 @@ class Verification:
                     ids=self._repository.ids,
                 )
             except blob_format.BadBlobError as error:
-                self._bad[entry.blob_id] = (name, f"{error} (at offset {entry.offset})")
+                reason = f"{error} (at offset {entry.offset})"
+                self._bad[entry.blob_id, entry.level] = (name, reason)
         with self._progress_lock:
             self.bytes_checked += size
             self._progress(size)
@@ -179,19 +196,20 @@ class Verification:
 
         def note_node(blob_id: BlobId, level: int, first: int, error: DamageError) -> None:
             hit_nodes.append((blob_id, level, first))
-            self._bad.setdefault(blob_id, ("no pack", str(error)))
+            self._bad.setdefault((blob_id, level), ("no pack", str(error)))
 
         reader = self._repository.reader
         everywhere = walk(reader, root, enter=lambda _id, _level: True, on_damage=note_node)
         for first, ids in everywhere:
             for place, blob_id in enumerate(ids):
-                if blob_id in self._bad:
-                    self._hit(record, blob_id, (first + place) * chunk_size, chunk_size)
+                if (blob_id, 0) in self._bad:
+                    self._hit(record, (blob_id, 0), (first + place) * chunk_size, chunk_size)
         for blob_id, level, first in hit_nodes:
-            self._hit(record, blob_id, first * chunk_size, tree.span(level) * chunk_size)
+            span = tree.span(level) * chunk_size
+            self._hit(record, (blob_id, level), first * chunk_size, span)
 
-    def _hit(self, record: Record, blob_id: BlobId, offset: int, size: int) -> None:
-        object_name, reason = self._bad[blob_id]
+    def _hit(self, record: Record, bad: tuple[BlobId, int], offset: int, size: int) -> None:
+        object_name, reason = self._bad[bad]
         self.findings.append(
             Finding(
                 object_name=object_name,

@@ -37,7 +37,7 @@ def metadata() -> MetadataStore:
 
 def test_a_record_is_read_as_it_was_put(service):
     record = back_up(service, noise(50_000, seed=1))
-    records = RecordStore(service.repository.storage, IDS)
+    records = RecordStore(service.repository.storage, IDS, service.config)
 
     assert records.get(record.backup_id) == record
     assert records.ids() == {record.backup_id}

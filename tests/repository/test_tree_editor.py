@@ -54,7 +54,7 @@ class NodesInMemory:
 
     cached_node = None
 
-    def keep_node(self, blob_id: BlobId, data: bytes) -> None:
+    def keep_node(self, blob_id: BlobId, level: int, data: bytes) -> None:
         pass
 
     def store_nodes(self, nodes, *, level: int) -> StoredBatch:
