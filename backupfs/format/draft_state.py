@@ -1,6 +1,7 @@
 """A draft's durable state: what a daemon that starts again must know of a staged file (pure).
 
-Host-local; layout in docs/format.md, "Draft state". gc reads it too: a draft's root is live.
+Host-local; layout in docs/format.md, "Draft state". gc reads it too: a draft's root is live. The
+folders that were made below ``staging/`` are kept beside it.
 """
 
 from __future__ import annotations
@@ -8,17 +9,21 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from backupfs.errors import CorruptObject
 from backupfs.format import codec, tree
 from backupfs.format.ids import DIGEST_SIZE, IdScheme
+from backupfs.format.names import check_path
+from backupfs.format.record import is_backup_id
 from backupfs.types import BLOB_ID_SIZE, IMAGE_SIZE_MAX, BlobId, Buffer
 
 VERSION = 1
 STATE_SIZE_MAX = 64 << 10
 NAME_SIZE_MAX = 8192  # twice a volume's: a file moved aside gets a longer name
 HELD_SIZE_MAX = 4096
+FOLDERS_SIZE_MAX = 16 << 20
+FOLDERS_COUNT_MAX = 1 << 20
 
 _DRAFT_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -96,7 +101,7 @@ def decode_draft_state(data: Buffer, name: str, ids: IdScheme, *, chunk_size: in
             raise codec.UndecodableError("its id is not one of a draft")
         state = DraftState(
             draft_id=draft_id,
-            name=fields.text("name", size_max=NAME_SIZE_MAX),
+            name=_name(fields),
             size=size,
             root=BlobId(fields.raw("root", size=BLOB_ID_SIZE)),
             height=height,
@@ -110,8 +115,8 @@ def decode_draft_state(data: Buffer, name: str, ids: IdScheme, *, chunk_size: in
             interrupted=fields.flag("interrupted"),
             held=fields.text("held", size_max=HELD_SIZE_MAX),
             stored_bytes=fields.integer("stored_bytes"),
-            next_id=fields.text("next_id", size_max=36),
-            published_id=fields.optional_text("published_id", size_max=36),
+            next_id=_backup_id(fields.text("next_id", size_max=36)),
+            published_id=_backup_id(fields.optional_text("published_id", size_max=36)),
             changed_at=fields.moment("changed_at"),
             sequence=fields.integer("sequence"),
         )
@@ -120,3 +125,39 @@ def decode_draft_state(data: Buffer, name: str, ids: IdScheme, *, chunk_size: in
         return state
     except (codec.UndecodableError, ValueError) as error:
         raise CorruptObject(name=name, reason=str(error)) from error
+
+
+def encode_folders(folders: set[str]) -> bytes:
+    """The list of the folders below ``staging/``."""
+    return codec.encode({"version": VERSION, "folders": sorted(folders)})
+
+
+def decode_folders(data: Buffer) -> set[str]:
+    """Raises: UndecodableError."""
+    fields = codec.Fields(codec.decode(data, size_max=FOLDERS_SIZE_MAX))
+    if fields.integer("version") != VERSION:
+        raise codec.UndecodableError("its version is unknown")
+    listed = fields.sequence("folders", length_max=FOLDERS_COUNT_MAX)
+    for path in listed:
+        problem = check_path(path) if isinstance(path, str) else "it is no text"
+        if problem:
+            raise codec.UndecodableError(f"a folder's name: {problem}")
+    return set(listed)
+
+
+def _name(fields: codec.Fields) -> str:
+    name = fields.text("name", size_max=NAME_SIZE_MAX)
+    problem = check_path(name)
+    if problem:
+        raise codec.UndecodableError(f"its name: {problem}")
+    return name
+
+
+BackupId = TypeVar("BackupId", str, str | None)
+
+
+def _backup_id(text: BackupId) -> BackupId:
+    # Objects are named by it.
+    if text is not None and not is_backup_id(text):
+        raise codec.UndecodableError("an id in it is no UUID")
+    return text

@@ -28,21 +28,20 @@ def check_volume_name(volume: str) -> str:
     if not encoded or len(encoded) > VOLUME_SIZE_MAX:
         return f"it must have 1 to {VOLUME_SIZE_MAX} bytes"
     for part in volume.split("/"):
-        problem = _check_part(part)
-        if problem:
-            return problem
-    return ""
+        if part in (LATEST_NAME, METADATA_NAME) or BACKUP_NAME.fullmatch(part):
+            return f"{part!r} is the name of a file that stands beside backups"
+    return check_path(volume)
 
 
-def _check_part(part: str) -> str:
-    if part in ("", ".", ".."):
-        return "it has an empty part or one of dots"
-    if "\0" in part:
-        return "it has a zero byte"
-    if len(part.encode()) > PART_SIZE_MAX:
-        return f"a part of it is longer than {PART_SIZE_MAX} bytes"
-    if part in (LATEST_NAME, METADATA_NAME) or BACKUP_NAME.fullmatch(part):
-        return f"{part!r} is the name of a file that stands beside backups"
+def check_path(path: str) -> str:
+    """Why ``path``, which is text in UTF-8, names nothing below a folder; empty where it may."""
+    for part in path.split("/"):
+        if part in ("", ".", ".."):
+            return "it has an empty part or one of dots"
+        if "\0" in part:
+            return "it has a zero byte"
+        if len(part.encode()) > PART_SIZE_MAX:
+            return f"a part of it is longer than {PART_SIZE_MAX} bytes"
     return ""
 
 

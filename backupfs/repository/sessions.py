@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +38,8 @@ PLAN_SIZE_MAX = 64 << 20
 ACK_SIZE_MAX = 16 << 20
 POLL_SECONDS = 0.1
 
+_PLAN_ID = re.compile(r"[0-9a-f]{32}")
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -53,20 +56,24 @@ def encode_plan(plan: Plan) -> bytes:
 
 
 def decode_plan(data: bytes, name: str) -> Plan:
-    """Raises: CorruptObject."""
+    """The plan in the object ``name``. Raises: CorruptObject."""
     try:
         value = codec.decode(data, size_max=PLAN_SIZE_MAX)
         fields = codec.Fields(value)
         if fields.integer("version") != 1:
             raise codec.UndecodableError("its version is unknown")
         packed = value.get("condemned")
+        plan_id = fields.text("id", size_max=64)
+        # Answers are named by it.
+        if not _PLAN_ID.fullmatch(plan_id) or name != plan_name(plan_id):
+            raise codec.UndecodableError("its id is not the one in its name")
         if not isinstance(packed, bytes) or len(packed) % PACK_ID_SIZE:
             raise codec.UndecodableError("field 'condemned' is no list of packs")
         condemned = (
             PackId(packed[start : start + PACK_ID_SIZE])
             for start in range(0, len(packed), PACK_ID_SIZE)
         )
-        return Plan(fields.text("id", size_max=64), frozenset(condemned))
+        return Plan(plan_id, frozenset(condemned))
     except codec.UndecodableError as error:
         raise CorruptObject(name=name, reason=str(error)) from error
 

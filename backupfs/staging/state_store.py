@@ -16,10 +16,13 @@ from backupfs.ambient import Ambient
 from backupfs.errors import Busy, CorruptObject
 from backupfs.format import codec
 from backupfs.format.draft_state import (
+    FOLDERS_SIZE_MAX,
     STATE_SIZE_MAX,
     DraftState,
     decode_draft_state,
+    decode_folders,
     encode_draft_state,
+    encode_folders,
 )
 from backupfs.format.ids import IdScheme
 from backupfs.repository.marking import DRAFT_SUFFIX, DRAFTS
@@ -31,7 +34,6 @@ log = logging.getLogger(__name__)
 
 WRITING_SUFFIX = ".writing"
 FOLDERS_NAME = "folders"
-FOLDERS_SIZE_MAX = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,15 +124,14 @@ class StateStore:
         with translated():
             replace_file(
                 self._folder / FOLDERS_NAME,
-                codec.encode({"version": 1, "folders": sorted(folders)}),
+                encode_folders(folders),
                 token=self._ambient.random_bytes(8).hex(),
             )
 
     def load_folders(self) -> set[str]:
-        path = self._folder / FOLDERS_NAME
         try:
-            fields = codec.Fields(codec.decode(path.read_bytes(), size_max=FOLDERS_SIZE_MAX))
-            return {str(item) for item in fields.sequence("folders", length_max=1 << 20)}
+            with (self._folder / FOLDERS_NAME).open("rb") as file:
+                return decode_folders(file.read(FOLDERS_SIZE_MAX + 1))
         except FileNotFoundError:
             return set()
         except (OSError, codec.UndecodableError) as error:
@@ -175,11 +176,19 @@ def current_holder(folder: Path) -> Holder | None:
     path = folder / "lock"
     if not is_held(path):
         return None
+    return _holder_of(holder(path))
+
+
+def _holder_of(word: str) -> Holder:
+    """Who left this word of itself; nobody known where it makes no sense."""
     try:
-        value = json.loads(holder(path))
-        return Holder(int(value["pid"]), value["mountpoint"])
-    except (ValueError, KeyError, TypeError):
+        value = json.loads(word)
+        process_id, mountpoint = value["pid"], value["mountpoint"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return Holder(0, None)
+    if type(process_id) is not int or not isinstance(mountpoint, str | None):
+        return Holder(0, None)
+    return Holder(process_id, mountpoint)
 
 
 def _describe(found: Holder | None) -> str:

@@ -19,6 +19,7 @@ from backupfs.format.draft_state import (
     encode_draft_state,
 )
 from backupfs.format.ids import IdScheme
+from backupfs.format.names import check_path
 from backupfs.types import IMAGE_SIZE_MAX
 
 IDS = IdScheme()
@@ -40,7 +41,7 @@ def sealed(**changed: Any) -> bytes:
 @given(
     st.fixed_dictionaries(
         {
-            "name": st.text(min_size=1, max_size=40),
+            "name": st.text(min_size=1, max_size=40).filter(lambda name: not check_path(name)),
             "data_count": st.integers(0, 1 << 40),
             "mode": st.integers(0, 0o7777),
             "uid": st.integers(0, (1 << 32) - 1),
@@ -87,6 +88,8 @@ def test_a_state_cut_anywhere_is_refused():
         {"id": "../../x"},
         {"id": "FFEEDDCCBBAA99887766554433221100"},
         {"name": 5},
+        *({"name": name} for name in ("", "..", ".", "a/../b", "/a", "a//b", "a/", "a\0b")),
+        {"name": "a" * 256},
         {"size": -1},
         {"size": IMAGE_SIZE_MAX + 1},
         {"height": 2},
@@ -98,7 +101,9 @@ def test_a_state_cut_anywhere_is_refused():
         {"written": 1},
         {"held": None},
         {"held": "x" * 4097},
+        {"next_id": "../../x"},
         {"published_id": 5},
+        {"published_id": "x"},
         {"changed_at": "2026-11-22T14:25:07"},
         {"filler": bytes(STATE_SIZE_MAX)},
     ],

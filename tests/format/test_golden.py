@@ -11,7 +11,7 @@ from backupfs.format.config import decode_config, encode_config
 from backupfs.format.draft_state import decode_draft_state, encode_draft_state
 from backupfs.format.record import decode_record, encode_record
 from backupfs.repository.metadata import MetadataStore
-from backupfs.repository.sessions import decode_ack, decode_plan, encode_ack, encode_plan
+from backupfs.repository.sessions import decode_ack, decode_plan, encode_ack, encode_plan, plan_name
 from backupfs.storage.memory import MemoryStorage
 
 
@@ -153,7 +153,8 @@ def test_golden_metadata_is_read_and_written_again():
 
 
 def test_golden_plan_decodes_and_encodes_back():
-    assert decode_plan(golden("plan.msgpack"), "plan") == golden_values.PLAN
+    name = plan_name(golden_values.PLAN.plan_id)
+    assert decode_plan(golden("plan.msgpack"), name) == golden_values.PLAN
     assert encode_plan(golden_values.PLAN) == golden("plan.msgpack")
 
 

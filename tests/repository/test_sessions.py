@@ -133,25 +133,35 @@ def session_files(storage: FaultyStorage) -> set[str]:
 
 
 def test_plans_and_acknowledgements_come_back_as_they_were():
-    plan = Plan("p" * 32, frozenset([PACK_A, PACK_B]))
+    plan = Plan("d" * 32, frozenset([PACK_A, PACK_B]))
 
-    assert decode_plan(encode_plan(plan), "plan") == plan
+    assert decode_plan(encode_plan(plan), plan_name(plan.plan_id)) == plan
     assert decode_ack(encode_ack({ROOT_1, ROOT_2}), "ack") == {ROOT_1, ROOT_2}
 
 
 @pytest.mark.parametrize(
     "value",
     [
-        {"version": 2, "id": "p", "condemned": b""},
-        {"version": 1, "id": "p", "condemned": b"x" * 17},
-        {"version": 1, "id": "p", "condemned": "text"},
-        {"version": 1, "id": "p"},
+        {"version": 2, "id": "d" * 32, "condemned": b""},
+        {"version": 1, "id": "d" * 32, "condemned": b"x" * 17},
+        {"version": 1, "id": "d" * 32, "condemned": "text"},
+        {"version": 1, "id": "d" * 32},
+        {"version": 1, "id": "e" * 32, "condemned": b""},
         {"version": 1, "condemned": b""},
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(value):
     with pytest.raises(CorruptObject):
-        decode_plan(codec.encode(value), "plan")
+        decode_plan(codec.encode(value), plan_name("d" * 32))
+
+
+@pytest.mark.parametrize("plan_id", ["../" * 10 + "x", "a\0b", "p", "D" * 32, "d" * 32 + "\n"])
+def test_a_plan_whose_id_is_none_is_refused_under_every_name(plan_id):
+    """Answers are named by it: they would be written anywhere."""
+    value = {"version": 1, "id": plan_id, "condemned": b""}
+
+    with pytest.raises(CorruptObject):
+        decode_plan(codec.encode(value), plan_name(plan_id))
 
 
 @pytest.mark.parametrize(
@@ -167,13 +177,13 @@ def test_an_acknowledgement_that_cannot_be_is_refused(roots):
 
 def test_a_session_is_seen_from_its_start_to_its_end(start, watch, storage):
     session = start()
-    assert watch.waiting_for("p" * 32, but=None) == [
+    assert watch.waiting_for("d" * 32, but=None) == [
         storage.folder / "sessions" / session.session_id
     ]
 
     session.close()
 
-    assert watch.waiting_for("p" * 32, but=None) == []
+    assert watch.waiting_for("d" * 32, but=None) == []
     assert session_files(storage) == set()
 
 
@@ -188,7 +198,7 @@ def test_a_plan_is_avoided_then_acknowledged_with_all_roots(start, watch, storag
     session.settle = lambda: session.add_checkpoint(checkpoint)  # a writer that starts meanwhile
     session.hold(ROOT_2)
 
-    plan = publish_plan(storage, "p", PACK_A)
+    plan = publish_plan(storage, "d", PACK_A)
 
     assert eventually(lambda: not watch.waiting_for(plan.plan_id, but=None))
     assert order == [frozenset([PACK_A])], "avoided first, so that nothing new relies on it"
@@ -202,7 +212,7 @@ def test_what_is_held_no_more_is_not_named(start, watch, storage):
     session.let_go(ROOT_1)
     session.hold(ROOT_2)
 
-    plan = publish_plan(storage, "p", PACK_A)
+    plan = publish_plan(storage, "d", PACK_A)
 
     assert eventually(lambda: not watch.waiting_for(plan.plan_id, but=None))
     assert watch.acknowledged_roots(plan.plan_id) == {ROOT_2}
@@ -211,7 +221,7 @@ def test_what_is_held_no_more_is_not_named(start, watch, storage):
 def test_a_session_that_starts_during_a_plan_avoids_its_packs_from_the_start(
     start, watch, storage, avoided
 ):
-    plan = publish_plan(storage, "p", PACK_A)
+    plan = publish_plan(storage, "d", PACK_A)
 
     start()
 
@@ -230,7 +240,7 @@ def test_packs_are_avoided_until_the_index_knows_what_became_of_them(
     start, watch, storage, avoided, refreshes
 ):
     start()
-    plan = publish_plan(storage, "p", PACK_A)
+    plan = publish_plan(storage, "d", PACK_A)
     assert eventually(lambda: not watch.waiting_for(plan.plan_id, but=None))
     refreshes.seen.clear()
 
@@ -242,8 +252,8 @@ def test_packs_are_avoided_until_the_index_knows_what_became_of_them(
 
 def test_two_plans_add_up(start, watch, storage, avoided):
     start()
-    first = publish_plan(storage, "p", PACK_A)
-    second = publish_plan(storage, "q", PACK_B)
+    first = publish_plan(storage, "d", PACK_A)
+    second = publish_plan(storage, "e", PACK_B)
     assert eventually(lambda: not watch.waiting_for(second.plan_id, but=None))
     assert eventually(lambda: avoided.packs == {PACK_A, PACK_B})
 
@@ -255,7 +265,7 @@ def test_two_plans_add_up(start, watch, storage, avoided):
 def test_acknowledgements_go_when_their_plan_is_gone(start, watch, storage):
     """A mount lives for months, with a gc each night."""
     session = start()
-    plan = publish_plan(storage, "p", PACK_A)
+    plan = publish_plan(storage, "d", PACK_A)
     assert eventually(lambda: not watch.waiting_for(plan.plan_id, but=None))
     assert acks(storage) == {ack_name(session.session_id, plan.plan_id)}
 
@@ -266,7 +276,7 @@ def test_acknowledgements_go_when_their_plan_is_gone(start, watch, storage):
 
 def test_the_end_of_a_session_takes_its_acknowledgements_along(start, watch, storage):
     session = start()
-    plan = publish_plan(storage, "p", PACK_A)
+    plan = publish_plan(storage, "d", PACK_A)
     assert eventually(lambda: not watch.waiting_for(plan.plan_id, but=None))
 
     session.close()
@@ -289,7 +299,7 @@ def test_a_failing_checkpoint_is_tried_again_and_nothing_acknowledged_before(
         return {ROOT_1}
 
     session.add_checkpoint(checkpoint)
-    plan = publish_plan(storage, "p", PACK_A)
+    plan = publish_plan(storage, "d", PACK_A)
 
     assert eventually(lambda: not watch.waiting_for(plan.plan_id, but=None))
     assert len(tries) == 3
@@ -312,7 +322,7 @@ def test_an_acknowledgement_whose_own_was_lost_counts(
             raise StorageUnavailable(reason="the acknowledgement was lost")
 
     monkeypatch.setattr(storage, "put_new", lose_first)
-    plan = publish_plan(storage, "p", PACK_A)
+    plan = publish_plan(storage, "d", PACK_A)
     assert eventually(lambda: lost)
     assert eventually(lambda: session._acknowledged == {plan.plan_id})
     refreshes.seen.clear()
@@ -329,7 +339,7 @@ def test_no_checkpoint_runs_once_watching_has_stopped(start, storage):
     session.stop_watching()
     session.add_checkpoint(lambda: pytest.fail("called"))
 
-    publish_plan(storage, "p", PACK_A)
+    publish_plan(storage, "d", PACK_A)
 
     time.sleep(3 * sessions_module.POLL_SECONDS)
     assert is_held(storage.folder / "sessions" / session.session_id), "gc still waits for it"
@@ -339,14 +349,14 @@ def test_no_checkpoint_runs_once_watching_has_stopped(start, storage):
 def test_a_session_that_cannot_start_leaves_no_lock_that_gc_would_wait_for(
     start, watch, storage, how
 ):
-    publish_plan(storage, "p", PACK_A)
+    publish_plan(storage, "d", PACK_A)
     storage.fail_at(1, how, stay_broken=True)
 
     with pytest.raises((StorageFull, StorageUnavailable)):
         start()
 
     storage.repair()
-    assert watch.waiting_for("p" * 32, but=None) == []
+    assert watch.waiting_for("d" * 32, but=None) == []
     assert session_files(storage) == set()
 
 
@@ -356,9 +366,9 @@ def test_a_session_that_cannot_start_leaves_no_lock_that_gc_would_wait_for(
 def test_a_dead_session_is_not_waited_for_and_cleaned_up(watch, storage):
     subprocess.run([sys.executable, "-c", DIE_WITH_A_SESSION, str(storage.folder)], check=False)
     assert len(session_files(storage)) == 1
-    storage.put_new(ack_name("0" * 32, "p" * 32), encode_ack({ROOT_1}))
+    storage.put_new(ack_name("0" * 32, "d" * 32), encode_ack({ROOT_1}))
 
-    assert watch.waiting_for("p" * 32, but=None) == []
+    assert watch.waiting_for("d" * 32, but=None) == []
     assert watch.clean() == set()
 
     assert session_files(storage) == set()
@@ -367,7 +377,7 @@ def test_a_dead_session_is_not_waited_for_and_cleaned_up(watch, storage):
 
 def test_what_living_sessions_acknowledged_is_kept_by_the_cleaning(start, watch, storage):
     session = start()
-    plan = publish_plan(storage, "p", PACK_A)
+    plan = publish_plan(storage, "d", PACK_A)
     assert eventually(lambda: not watch.waiting_for(plan.plan_id, but=None))
 
     assert watch.clean() == {session.session_id}
@@ -376,15 +386,15 @@ def test_what_living_sessions_acknowledged_is_kept_by_the_cleaning(start, watch,
 
 
 def test_an_unreadable_acknowledgement_is_no_empty_one(watch, storage):
-    storage.put_new(ack_name("0" * 32, "p" * 32), b"damaged")
+    storage.put_new(ack_name("0" * 32, "d" * 32), b"damaged")
 
     with pytest.raises(CorruptObject):
-        watch.acknowledged_roots("p" * 32)
+        watch.acknowledged_roots("d" * 32)
     assert watch.acknowledged_roots("q" * 32) == set()
 
 
 def test_an_unreadable_plan_is_no_empty_one_while_a_gc_may_carry_it_out(storage, tmp_path):
-    storage.put_new(plan_name("p" * 32), b"damaged")
+    storage.put_new(plan_name("d" * 32), b"damaged")
     gc_lock = tmp_path / "gc"
     lock = try_lock(gc_lock)
 
@@ -404,7 +414,7 @@ def test_a_session_never_starts_unseen_while_gc_looks(storage, watch):
     def look() -> None:
         while not stop.is_set():
             try:
-                watch.waiting_for("p" * 32, but=None)
+                watch.waiting_for("d" * 32, but=None)
             except Exception as error:
                 problems.append(error)
 

@@ -15,6 +15,7 @@ from support.processes import in_a_child
 
 from backupfs.ambient import Ambient
 from backupfs.errors import Busy, StorageError
+from backupfs.format import codec
 from backupfs.format.draft_state import DraftState
 from backupfs.format.ids import IdScheme
 from backupfs.staging import state_store
@@ -113,6 +114,21 @@ def test_a_holder_that_left_no_word_still_holds(scratch, folder, store):
         open_store(scratch)
 
 
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("{", "[]", "5", '{"pid": 5}', "[" * 1000, '{"pid": Infinity, "mountpoint": null}'),
+        *('{"pid": "5", "mountpoint": null}', '{"pid": 5, "mountpoint": ["/"]}'),
+    ],
+)
+def test_a_word_that_makes_no_sense_is_none(scratch, folder, word):
+    store = open_store(scratch)
+    (folder / "lock").write_text(word)
+
+    assert current_holder(folder) == Holder(0, None)
+    store.close()
+
+
 def test_the_death_of_the_holder_frees_them(scratch):
     def hold_and_die() -> None:
         open_store(scratch)
@@ -191,7 +207,17 @@ def test_folders_are_kept(store):
     assert store.load_folders() == {"a", "a/b", "ü"}
 
 
-@pytest.mark.parametrize("content", [b"", b"\x80", b"\x81\xa7folders\x01", b"x" * 100])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"\x80", b"\x81\xa7folders\x01", b"x" * 100),
+        *(
+            codec.encode({"version": 1, "folders": ["a", path]})
+            for path in ("", "..", "a/../b", "/", "a//b", "a\0b", "a" * 256, 5, ["a"])
+        ),
+        codec.encode({"version": 2, "folders": ["a"]}),
+    ],
+)
 def test_a_damaged_list_of_folders_is_an_empty_one(store, folder, content):
     (folder / state_store.FOLDERS_NAME).write_bytes(content)
 
