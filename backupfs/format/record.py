@@ -24,6 +24,8 @@ from backupfs.types import BLOB_ID_SIZE, IMAGE_SIZE_MAX, BlobId, Buffer, ObjectN
 VERSION = 1
 RECORD_SIZE_MAX = 1 << 20
 METADATA_SIZE_MAX = 256 << 10
+# What a program on the way may not recurse into is no metadata: it could be taken here, and fail there.
+METADATA_DEPTH_MAX = 64
 DESCRIPTION_SIZE_MAX = 4096  # of each field of it
 RECORDS_PREFIX = "records/"
 KIND_FULL = "full"
@@ -127,7 +129,7 @@ def encode_record(record: Record, ids: IdScheme) -> bytes:
         "data_size": record.data_size,
         "stored_bytes": record.stored_bytes,
         "host": record.host,
-        "metadata": _metadata_text(record.metadata),
+        "metadata": None if record.metadata is None else metadata_text(record.metadata),
         "description": asdict(record.description),
     }
     value["digest"] = ids.digest("record", codec.encode(value))
@@ -178,7 +180,7 @@ def _from_fields(fields: codec.Fields) -> Record:
     problem = check_volume_name(volume)
     if problem:
         raise codec.UndecodableError(f"its volume's name: {problem}")
-    metadata_text = fields.optional_text("metadata", size_max=METADATA_SIZE_MAX)
+    metadata = fields.optional_text("metadata", size_max=METADATA_SIZE_MAX)
     return Record(
         backup_id=backup_id,
         repository_id=repository_id,
@@ -197,24 +199,44 @@ def _from_fields(fields: codec.Fields) -> Record:
         data_size=fields.integer("data_size"),
         stored_bytes=fields.integer("stored_bytes"),
         host=fields.text("host", size_max=255),
-        metadata=None if metadata_text is None else _metadata(metadata_text),
+        metadata=None if metadata is None else decode_metadata(metadata),
         description=_description(fields.mapping("description")),
     )
 
 
-def _metadata_text(metadata: dict[str, Any] | None) -> str | None:
+def metadata_text(metadata: dict[str, Any]) -> str:
+    """Metadata in the one spelling it is kept in. Raises: TypeError, ValueError."""
     # Not a number and infinities are no JSON, though Python writes and reads them.
-    return None if metadata is None else json.dumps(metadata, sort_keys=True, allow_nan=False)
+    return json.dumps(metadata, sort_keys=True, allow_nan=False)
 
 
-def _metadata(text: str) -> dict[str, Any]:
+def decode_metadata(text: str) -> dict[str, Any]:
+    """Metadata from the text it is kept as. Raises: UndecodableError."""
     try:
         value = json.loads(text)
-    except RecursionError as error:
-        raise codec.UndecodableError("its metadata is nested too deeply") from error
+    except (ValueError, RecursionError) as error:
+        raise codec.UndecodableError("its metadata is no JSON, or nested too deeply") from error
     if not isinstance(value, dict):
         raise codec.UndecodableError("its metadata is no object")
+    if is_deeper(value, METADATA_DEPTH_MAX):
+        raise codec.UndecodableError("its metadata is nested too deeply")
+    try:
+        is_spelled_so = metadata_text(value) == text
+    except ValueError:
+        is_spelled_so = False
+    if not is_spelled_so:
+        raise codec.UndecodableError("its metadata is spelled in another way than it should be")
     return value
+
+
+def is_deeper(value: Any, levels: int) -> bool:
+    """Whether objects and lists are nested more than so many levels deep."""
+    if not isinstance(value, (dict, list, tuple)):
+        return False
+    if not levels:
+        return True
+    items = value.values() if isinstance(value, dict) else value
+    return any(is_deeper(item, levels - 1) for item in items)
 
 
 def _description(value: dict[str, Any]) -> Description:

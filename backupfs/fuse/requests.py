@@ -18,7 +18,7 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FUSEError, RequestContext
 
-from backupfs.errors import BackupfsError, DamageError
+from backupfs.errors import BackupfsError, DamageError, StorageError
 from backupfs.format.names import PART_SIZE_MAX, volume_of
 from backupfs.fuse import handles
 from backupfs.fuse.attributes import Attributes
@@ -150,8 +150,10 @@ class Requests(pyfuse3.Operations):
     async def _text_size(self, entry: Entry) -> int:
         try:
             return len(await self._content(entry))
-        except DamageError:
-            return 0  # reading says what is wrong; it can be removed, and written anew
+        except (DamageError, StorageError):
+            # Reading says what is wrong; it can be removed, and written anew. What lies beside it
+            # must be found all the same.
+            return 0
 
     def _stat_removed(self, entry: Entry) -> EntryAttributes | None:
         """A backup without a name is a file as long as somebody has it open."""

@@ -99,4 +99,8 @@ def _drafts(area: StagingArea) -> list[dict[str, Any]]:
 
 
 def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n").encode()
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        return f"{text}\n".encode()
+    except UnicodeEncodeError:  # half a surrogate pair in metadata, or a path that is no UTF-8
+        return f"{json.dumps(value, indent=2)}\n".encode()

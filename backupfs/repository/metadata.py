@@ -6,20 +6,23 @@ look meanwhile, finds the old or the new, never neither. Layout in docs/format.m
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from backupfs.errors import CorruptObject, InvalidMetadata, ObjectExists, ObjectNotFound
 from backupfs.format import codec
 from backupfs.format.ids import DIGEST_SIZE, IdScheme
-from backupfs.format.record import METADATA_SIZE_MAX
+from backupfs.format.record import (
+    METADATA_DEPTH_MAX,
+    METADATA_SIZE_MAX,
+    decode_metadata,
+    is_deeper,
+    metadata_text,
+)
 from backupfs.storage.base import Storage
 from backupfs.types import ObjectName
 
 METADATA_PREFIX = "metadata/"
 VERSION = 1
-# What a program on the way may not recurse into is refused when it is put, not at each backup.
-DEPTH_MAX = 64
 OBJECT_SIZE_MAX = METADATA_SIZE_MAX + 16384
 
 
@@ -27,25 +30,16 @@ def check_metadata(metadata: Any) -> str:
     """The text a volume's metadata is kept as. Raises: InvalidMetadata."""
     if not isinstance(metadata, dict):
         raise InvalidMetadata(reason="it must be a JSON object")
-    if _is_deeper(metadata, DEPTH_MAX):
-        raise InvalidMetadata(reason=f"it is nested more than {DEPTH_MAX} deep")
+    if is_deeper(metadata, METADATA_DEPTH_MAX):
+        raise InvalidMetadata(reason=f"it is nested more than {METADATA_DEPTH_MAX} deep")
     try:
-        text = json.dumps(metadata, sort_keys=True, allow_nan=False)
+        text = metadata_text(metadata)
         size = len(text.encode())
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidMetadata(reason=f"it cannot be written as JSON ({error})") from error
     if size > METADATA_SIZE_MAX:
         raise InvalidMetadata(reason=f"{size} bytes, more than {METADATA_SIZE_MAX}")
     return text
-
-
-def _is_deeper(value: Any, levels: int) -> bool:
-    if not isinstance(value, (dict, list, tuple)):
-        return False
-    if not levels:
-        return True
-    items = value.values() if isinstance(value, dict) else value
-    return any(_is_deeper(item, levels - 1) for item in items)
 
 
 class MetadataStore:
@@ -119,12 +113,9 @@ class MetadataStore:
                 raise codec.UndecodableError("it is of another volume")
             if fields.integer("generation") != generation:
                 raise codec.UndecodableError("it is of another generation")
-            metadata = json.loads(fields.text("metadata", size_max=METADATA_SIZE_MAX))
-        except (ValueError, RecursionError) as error:
+            return decode_metadata(fields.text("metadata", size_max=METADATA_SIZE_MAX))
+        except ValueError as error:
             raise CorruptObject(name=name, reason=str(error)) from error
-        if not isinstance(metadata, dict):
-            raise CorruptObject(name=name, reason="it holds no JSON object")
-        return metadata
 
     def _encode(self, volume: str, generation: int, text: str) -> bytes:
         value: dict[str, Any] = {

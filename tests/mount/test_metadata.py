@@ -89,6 +89,54 @@ def test_too_much_metadata_is_refused(mounted: Mounted, path: Path) -> None:
     assert json.loads(path.read_text()) == {}
 
 
+HALF = '{"half a pair": "\\ud800", "\\udc80": ["\\udfff", "ü"]}'
+
+
+def test_half_a_surrogate_pair_hides_nothing(mounted: Mounted, path: Path) -> None:
+    """JSON has it, UTF-8 does not: the folder of the volume must be readable all the same."""
+    path.write_text(HALF)
+
+    assert json.loads(path.read_text()) == json.loads(HALF)
+    assert path.stat().st_size == len(path.read_bytes())
+    names = run("ls", "-l", path.parent).stdout.decode()
+    assert "latest.img" in names and "metadata.json" in names
+    assert json.loads(mounted.command("metadata", "web01").stdout) == json.loads(HALF)
+    run("cp", mounted.image(IMAGE), mounted.staging / "web01.img")
+    (_first, second) = (mounted.listed("show", item["id"]) for item in mounted.listed("list"))
+    assert second["metadata"] == json.loads(HALF)
+
+
+def test_metadata_that_the_disk_cannot_read_hides_no_backup(mounted: Mounted, path: Path) -> None:
+    mounted.expects_errors = True
+    path.write_text('{"a": 1}')
+    (stored,) = (mounted.repo / "metadata").rglob("*.msgpack")
+    aside = stored.with_name("aside")
+    stored.rename(aside)
+    stored.symlink_to(stored)  # a loop: an error at every open
+
+    assert "latest.img" in run("ls", "-l", path.parent).stdout.decode()
+    mounted.assert_kept("web01", IMAGE)
+    with pytest.raises(OSError):
+        path.read_bytes()
+    run("cp", mounted.image(IMAGE), mounted.staging / "web01.img", check=False)
+    stored.unlink()
+    aside.rename(stored)
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize("depth", [63, 64, 65, 100, 5000])
+def test_metadata_of_every_depth_is_refused_or_kept(
+    mounted: Mounted, path: Path, depth: int
+) -> None:
+    text = '{"a": ' * depth + "1" + "}" * depth
+    source = mounted.image(text.encode(), "deep.json")
+
+    ended = run("cp", source, path, check=False)
+
+    assert (ended.returncode == 0) == (depth <= 64)
+    assert json.loads(path.read_text()) == (json.loads(text) if depth <= 64 else {})
+
+
 def test_metadata_stands_in_the_records_of_later_backups(mounted: Mounted, path: Path) -> None:
     path.write_text(json.dumps(METADATA))
 
