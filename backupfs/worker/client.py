@@ -188,7 +188,10 @@ def _start(connection: socket.socket) -> subprocess.Popen[bytes]:
 
 def _error_of(told: dict[str, Any]) -> BackupfsError:
     """The error that a worker told of."""
-    kind = getattr(errors, str(told.get("error")), None)
-    if isinstance(kind, type) and issubclass(kind, BackupfsError):
-        return kind(**told["fields"])
+    kind, fields = getattr(errors, str(told.get("error")), None), told.get("fields")
+    if isinstance(kind, type) and issubclass(kind, BackupfsError) and isinstance(fields, dict):
+        error = kind(**fields)
+        with contextlib.suppress(KeyError, ValueError):  # fields that its sentence does not have
+            str(error)
+            return error
     return StorageUnavailable(reason=str(told.get("text")))

@@ -27,7 +27,8 @@ DATA = b"D"  # payload: bytes of the image
 HOLE = b"H"  # no payload: ``size`` zeros of the image
 END = b"E"  # no payload: the image is complete and has ``size`` bytes
 KINDS = (REQUEST, ANSWER, REFUSAL, DATA, HOLE, END)
-WITH_PAYLOAD = (REQUEST, ANSWER, REFUSAL, DATA)
+DOCUMENTS = (REQUEST, ANSWER, REFUSAL)
+WITH_PAYLOAD = (*DOCUMENTS, DATA)
 
 # A record of the largest size, in base64, and its fields.
 PAYLOAD_SIZE_MAX = 8 << 20
@@ -45,9 +46,13 @@ class Frame:
     payload: Buffer = b""
 
     def document(self) -> dict[str, Any]:
-        """The JSON object in the payload."""
-        value = json.loads(bytes(self.payload))
-        assert isinstance(value, dict)
+        """The JSON object in the payload. Raises: StorageUnavailable (there is none)."""
+        try:
+            value = json.loads(bytes(self.payload))
+        except (ValueError, RecursionError) as error:
+            raise misunderstood() from error
+        if self.kind not in DOCUMENTS or not isinstance(value, dict):
+            raise misunderstood()
         return value
 
 
@@ -59,6 +64,11 @@ def document(kind: bytes, value: dict[str, Any]) -> Frame:
 
 def data(offset: int, payload: Buffer) -> Frame:
     return Frame(DATA, offset, len(payload), payload)
+
+
+def misunderstood() -> StorageUnavailable:
+    """For who receives what the other side should never send."""
+    return StorageUnavailable(reason="a worker and its client do not understand each other")
 
 
 class Disconnected(Exception):
@@ -91,9 +101,7 @@ class Channel:
         try:
             kind, offset, size = HEADER.unpack(self._receive(HEADER.size))
             if kind not in KINDS or max(offset, size) > IMAGE_SIZE_MAX:
-                raise StorageUnavailable(
-                    reason="a worker and its client do not understand each other"
-                )
+                raise misunderstood()
             if kind not in WITH_PAYLOAD:
                 return Frame(kind, offset, size)
             if size > PAYLOAD_SIZE_MAX:

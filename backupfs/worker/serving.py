@@ -21,9 +21,9 @@ SEND_SIZE = 1 << 20
 def serve(channel: Channel) -> None:
     """Serve the one request that ``channel`` brings. All that happens is told to the client."""
     try:
-        request = channel.receive().document()
+        frame = channel.receive()
         try:
-            answer = frames.document(frames.ANSWER, _done(request, channel))
+            answer = frames.document(frames.ANSWER, _done(frame.document(), channel))
         except BackupfsError as error:
             answer = _refusal(error)
         except Exception as error:  # a mistake of ours; the client must hear of it all the same
@@ -139,6 +139,8 @@ class _ReceivedSource:
             if frame.kind == frames.END:
                 self._size = frame.size
                 return
+            if frame.kind != frames.DATA:
+                raise frames.misunderstood()
             yield frame.offset, frame.payload
 
     def size(self) -> int:

@@ -144,7 +144,8 @@ def test_what_is_raised_before_the_end_leaves_no_backup(location):
 @pytest.mark.parametrize(("error", "is_open"), [("StorageUnavailable", True), ("Busy", False)])
 def test_only_a_failing_storage_leaves_open_whether_there_is_a_backup(location, error, is_open):
     """A record whose acknowledgement was lost may be there: who made it must take it back."""
-    told = {"error": error, "fields": {"reason": "lost"}, "text": "lost"}
+    fields = {"reason": "lost"} if error == "StorageUnavailable" else {"what": "x", "holder": "y"}
+    told = {"error": error, "fields": fields, "text": "lost"}
     with Worker(location, lock_seconds_max=5) as worker:
         worker.may_have_published = True
         with pytest.raises(BackupfsError):
