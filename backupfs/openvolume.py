@@ -2,7 +2,7 @@
 
 Volumes are files, or objects that behave like files: wrappers of storage systems' libraries and
 proxies that pass every call to another thread. Only what all of them have is used, and ``fileno``
-where it works.
+and ``tell`` where they work.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ UNSYNCED_SIZE_MAX = 256 << 20
 
 
 class VolumeFile(Protocol):
-    """An open volume, at least; ``fileno`` is used too where there is one that works."""
+    """An open volume, at least; ``fileno`` and ``tell`` are used too where they work."""
 
     def read(self, size: int, /) -> Any:
         """Up to ``size`` bytes; none of them means the end."""
@@ -32,7 +32,7 @@ class VolumeFile(Protocol):
     def write(self, data: bytes, /) -> Any:
         """How many bytes were taken; None says all of them."""
 
-    def seek(self, offset: int, /) -> Any: ...
+    def seek(self, offset: int, whence: int = 0, /) -> Any: ...
 
     def flush(self) -> Any: ...
 
@@ -51,7 +51,7 @@ def _no_look() -> None:
 
 
 class VolumeSource:
-    """The image in an open volume, read from 0 until nothing more comes.
+    """The image in an open volume, read from 0 until nothing more comes, which must be its end.
 
     ``look`` is called between pieces, holes included; what it raises ends the reading.
     """
@@ -73,9 +73,21 @@ class VolumeSource:
             if piece != ZEROS:
                 yield offset, piece
             self._look()
+        self._check_end()
 
     def size(self) -> int:
         return self._size
+
+    def _check_end(self) -> None:
+        """An empty read is the end only where the file, if it can tell, has no more."""
+        try:
+            self._file.seek(0, os.SEEK_END)
+            end = self._file.tell()  # type: ignore[attr-defined]  # not all have one
+        except Exception:  # nor do those without one agree on how to say so
+            return
+        if isinstance(end, int) and end != self._size:
+            reason = f"it has {end} bytes, and gave {self._size}"
+            raise SourceFailed(name=self.name, reason=reason)
 
     def _gather(self) -> bytes:
         """The next piece: whole, however short the reads are, so that chunks stay whole."""
@@ -91,7 +103,11 @@ class VolumeSource:
             if not isinstance(data, Buffer):
                 # None is said by a file that has nothing yet: to take it for the end would cut.
                 raise TypeError(f"read gave {type(data).__name__}, not bytes")
-            return bytes(data)
+            data = bytes(data)
+            if len(data) > size:
+                # Whether the rest lies behind it, or comes again, is unknown.
+                raise OSError(f"read gave {len(data)} bytes where {size} were asked for")
+            return data
 
 
 class VolumeTarget:
@@ -128,9 +144,11 @@ class VolumeTarget:
             rest = bytes(data)  # some wrappers take nothing else
             while rest:
                 taken = self._file.write(rest)
-                if taken == 0:
-                    raise OSError("it takes no more bytes")
-                rest = b"" if taken is None else rest[taken:]
+                if taken is None:
+                    break
+                if not 0 < taken <= len(rest):
+                    raise OSError(f"it took {taken} of {len(rest)} bytes")
+                rest = rest[taken:]
             self._position = self._end = offset + len(data)
             self._unsynced_size += len(data)
             if self._unsynced_size >= UNSYNCED_SIZE_MAX:
