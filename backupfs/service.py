@@ -440,7 +440,7 @@ class Service:
     def publish(self, name: str) -> Record:
         """Publish what is staged as ``name``, whatever speaks against it.
 
-        Raises: DraftNotFound, NothingToPublish, Busy, StorageError.
+        Raises: DraftNotFound, InvalidName, NothingToPublish, Busy, StorageError.
         """
         mountpoint = mountpoint_of(self.repository)
         if mountpoint is not None:

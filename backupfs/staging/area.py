@@ -34,7 +34,7 @@ from backupfs.repository.repository import Repository
 from backupfs.staging.draft import NO_CONTENT, Content, Draft
 from backupfs.staging.events import EventLog
 from backupfs.staging.keeper import Keeper, load_staged
-from backupfs.staging.lifecycle import Policy, State, decide, is_rsync_temporary
+from backupfs.staging.lifecycle import RENAME_FIRST, Policy, State, decide, is_rsync_temporary
 from backupfs.staging.publish import Publication, publish
 from backupfs.staging.staged_file import StagedFile
 from backupfs.staging.state_store import StateStore
@@ -325,7 +325,7 @@ class StagingArea:
         staged = self._must_find(name)
         with staged.lock:
             if staged.volume is None:
-                raise InvalidName(name=name, reason="a temporary name; rename it first")
+                raise InvalidName(name=name, reason=RENAME_FIRST)
             self._keeper.flush(staged, interrupted=False)
             record = self._decide(staged, explicit=True)
             if record is None:

@@ -7,6 +7,7 @@ its status file and by an attribute set on a staged file. Otherwise the kept sta
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -14,11 +15,19 @@ import threading
 from datetime import datetime
 from pathlib import Path
 
-from backupfs.errors import Busy, DraftNotFound, StorageUnavailable
+from backupfs.errors import (
+    BackupfsError,
+    Busy,
+    DraftNotFound,
+    InvalidName,
+    NothingToPublish,
+    StorageFull,
+    StorageUnavailable,
+)
 from backupfs.format.names import check_volume_name, volume_of
 from backupfs.reports import DraftInfo
 from backupfs.repository.repository import Repository
-from backupfs.staging.lifecycle import State
+from backupfs.staging.lifecycle import RENAME_FIRST, State, is_temporary_path
 from backupfs.staging.state_store import current_holder, host_folder, load_states
 
 log = logging.getLogger(__name__)
@@ -88,7 +97,7 @@ def list_drafts(repository: Repository) -> list[DraftInfo]:
 def publish_through_mount(mountpoint: str, name: str) -> str:
     """Have the daemon publish a draft; the id of its backup.
 
-    Raises: DraftNotFound, StorageUnavailable.
+    Raises: DraftNotFound, InvalidName, NothingToPublish, StorageFull, StorageUnavailable.
     """
     if check_volume_name(name):  # nothing like "../x" is ever staged
         raise DraftNotFound(name=name)
@@ -96,10 +105,21 @@ def publish_through_mount(mountpoint: str, name: str) -> str:
     try:
         os.setxattr(path, PUBLISH_ATTRIBUTE, b"1")
         return os.getxattr(path, ID_ATTRIBUTE).decode()
-    except FileNotFoundError as error:
-        raise DraftNotFound(name=name) from error
     except OSError as error:
-        raise StorageUnavailable(reason=f"the mount refused: {error.strerror}") from error
+        raise _refusal(name, error) from error
+
+
+def _refusal(name: str, error: OSError) -> BackupfsError:
+    """What the daemon meant by its errno."""
+    if error.errno == errno.ENOENT:
+        return DraftNotFound(name=name)
+    if error.errno == errno.EINVAL and is_temporary_path(name):
+        return InvalidName(name=name, reason=RENAME_FIRST)
+    if error.errno == errno.EINVAL:
+        return NothingToPublish(name=name)
+    if error.errno == errno.ENOSPC:
+        return StorageFull(reason=error.strerror)
+    return StorageUnavailable(reason=f"the mount refused: {error.strerror} (see its events.log)")
 
 
 def _drafts_of_mount(mountpoint: str) -> list[DraftInfo]:

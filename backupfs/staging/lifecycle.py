@@ -28,12 +28,18 @@ class State(StrEnum):
 
 # rsync's ".NAME.XXXXXX" and gio's ".goutputstream-XXXXXX" begin with a dot, as do "._NAME" of Finder.
 _TEMPORARY_SUFFIXES = (".part", ".filepart", ".tmp")
+RENAME_FIRST = "a temporary name; rename it first"
 _RSYNC_NAME = re.compile(r"\..+\.[A-Za-z0-9]{6}", re.DOTALL)
 
 
 def is_temporary(name: str) -> bool:
     """Whether a file's name (without folders) is one that programs use until a copy is complete."""
     return name.startswith(".") or name.endswith(_TEMPORARY_SUFFIXES)
+
+
+def is_temporary_path(path: str) -> bool:
+    """Whether a file below ``staging/``, or a folder that it lies in, has such a name."""
+    return any(map(is_temporary, path.split("/")))
 
 
 def is_rsync_temporary(name: str) -> bool:

@@ -12,7 +12,7 @@ from backupfs.format.draft_state import DraftState
 from backupfs.format.names import volume_of
 from backupfs.repository.images import Root
 from backupfs.staging.draft import Content, Draft
-from backupfs.staging.lifecycle import Facts, State, is_temporary
+from backupfs.staging.lifecycle import Facts, State, is_temporary_path
 
 
 class StagedFile:
@@ -76,7 +76,7 @@ class StagedFile:
 
     @property
     def is_temporary(self) -> bool:
-        return any(is_temporary(part) for part in self.name.split("/"))
+        return is_temporary_path(self.name)
 
     @property
     def volume(self) -> str | None:

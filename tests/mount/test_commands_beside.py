@@ -78,17 +78,32 @@ def test_drafts_are_listed_and_published_by_commands(mounted: Mounted) -> None:
     mounted.assert_backups("web01", IMAGE, IMAGE[:100])
 
 
-@pytest.mark.parametrize("name", ["absent.img", "web01.img", ".held", "touched.img", "../x"])
-def test_publishing_what_cannot_be_published_says_why(mounted: Mounted, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("absent.img", "nothing is staged under 'absent.img' (see 'backupfs drafts')"),
+        ("../x", "nothing is staged under '../x' (see 'backupfs drafts')"),
+        ("web01.img", "'web01.img' holds nothing that is not published already"),
+        ("touched.img", "'touched.img' holds nothing that is not published already"),
+        (".held", "'.held' is not a name backupfs can keep: a temporary name; rename it first"),
+    ],
+)
+def test_publishing_what_cannot_be_published_says_why(
+    mounted: Mounted, name: str, reason: str
+) -> None:
+    """The same, whether the daemon or the command itself looks."""
     run("cp", mounted.image(IMAGE), mounted.staging / "web01.img")
     run("cp", mounted.image(IMAGE), mounted.staging / ".held")
     run("touch", mounted.staging / "touched.img")
 
     ended = mounted.command("publish", name, check=False)
+    mounted.assert_kept("web01", IMAGE)
+    mounted.unmount()
+    without_mount = mounted.command("publish", name, check=False)
 
     assert ended.returncode in (1, 2)
-    assert ended.stderr.startswith(b"backupfs: ") and ended.stderr.count(b"\n") == 1
-    mounted.assert_kept("web01", IMAGE)
+    assert ended.stderr.decode() == f"backupfs: {reason}\n"
+    assert without_mount.stderr == ended.stderr
 
 
 def test_backup_by_the_command_over_that_of_the_mount_is_incremental(mounted: Mounted) -> None:
