@@ -13,6 +13,7 @@ import logging
 import logging.handlers
 import os
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -176,8 +177,12 @@ def _call_umount(target: Path, *, is_dead: bool) -> None:
         return
     message = result.stderr.strip().splitlines()[-1:] or ["umount failed"]
     if "busy" in message[0]:
-        raise Busy(what=f"the mount at {str(target)!r}", holder="open files (see 'fuser -vm')")
+        raise Busy(what=f"the mount at {str(target)!r}", holder=_users_of(target))
     raise UnmountFailed(mountpoint=str(target), reason=message[0])
+
+
+def _users_of(target: Path) -> str:
+    return f"a program (see 'fuser -vm {shlex.quote(str(target))}')"
 
 
 def _daemon_of(target: Path) -> int | None:

@@ -109,7 +109,7 @@ class BackupExists(Conflict):
 
 
 class AmbiguousBackup(Conflict):
-    template = "{selector!r} stands for {count} backups; give more of the id"
+    template = "{selector!r} stands for {count} backups; give more of it"
 
 
 class NameTaken(Conflict):

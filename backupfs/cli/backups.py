@@ -53,7 +53,7 @@ def backup_command(
     \b
     backupfs backup /srv/backups vm.img
     backupfs backup /srv/backups /dev/vg0/web01-snapshot --volume web01
-    qemu-img convert -O raw vm.qcow2 /dev/stdout | backupfs backup /srv/backups - --volume vm
+    zstd -dc vm.img.zst | backupfs backup /srv/backups - --volume vm
     """
     volumes = volume_names(sources, volume)
     made: list[dict[str, Any]] = []
@@ -137,6 +137,10 @@ def restore_command(repo: str, backup: str, dest: str, force: bool, is_json: boo
     backupfs restore /srv/backups web01@latest web01.img
     backupfs restore /srv/backups web01@2026-11-22T142503Z /dev/vg0/web01
     """
+    if dest == STREAM_WORD:
+        raise click.UsageError(
+            "'-' is no file or device to restore to; a file of that name is './-'"
+        )
     with cancellable() as cancelled, Service.open(repo) as service:
         record = service.resolve(backup)
         target = open_target(dest, size=record.size, force=force, mode=record.source_mode)

@@ -97,7 +97,10 @@ def gc_command(repo: str, is_json: bool) -> None:
     \b
     backupfs gc /srv/backups
     """
-    with Service.open(repo) as opened, output.progress("reclaiming") as progress:
+    with (
+        Service.open(repo) as opened,
+        output.progress("reclaiming", total=opened.stats().stored_bytes) as progress,
+    ):
         done = opened.gc(progress=progress)
     freed = done.bytes_before - done.bytes_after
     if is_json:
@@ -128,7 +131,9 @@ def verify_command(repo: str, backups: tuple[str, ...], quick: bool, is_json: bo
     """
     with Service.open(repo) as opened:
         records = [opened.resolve(selector) for selector in backups] or None
-        with output.progress("verifying") as progress:
+        # At most: what no backup needs is not read. Of some backups nobody knows it beforehand.
+        total = None if records or quick else opened.stats().stored_bytes
+        with output.progress("verifying", total=total) as progress:
             found = opened.verify(records, quick=quick, progress=progress)
         names = {record.backup_id: record.name for record in opened.backups()}
     if is_json:

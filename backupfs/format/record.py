@@ -69,7 +69,7 @@ class Record:
     data_timestamp: datetime  # when the data were taken, to the second
     source_mtime_ns: int | None  # modification time of what was copied, if it was told
     source_mode: int | None  # permission bits of what was copied, if they were told
-    data_size: int  # bytes of chunks that are no holes
+    data_size: int  # bytes of chunks that are no holes; at most ``size``
     stored_bytes: int  # bytes this backup added to the repository
     host: str
     metadata: dict[str, Any] | None = None  # the volume's, if it went into the backup

@@ -67,7 +67,9 @@ class Attributes:
         elif entry.kind is Kind.LATEST:
             record = self._catalogue.latest(entry.key)
             attributes.st_mode = stat.S_IFLNK | 0o777
-            attributes.st_size = len(record.name) if record is not None else 0
+            if record is not None:
+                attributes.st_size = len(record.name)
+                _set_times(attributes, int(record.data_timestamp.timestamp()) * 10**9)
         else:
             self._fill_text(attributes, entry, text_size)
         return attributes

@@ -30,7 +30,7 @@ from backupfs.fuse.handles import (
     TextWriter,
 )
 from backupfs.fuse.inodes import Inodes
-from backupfs.fuse.layout import Entry, Kind, Layout
+from backupfs.fuse.layout import RECORD_SUFFIX, Entry, Kind, Layout
 from backupfs.fuse.openers import holds_for_writing, opener_of
 from backupfs.fuse.texts import Texts
 from backupfs.fuse.threads import Threads
@@ -265,7 +265,8 @@ class Requests(pyfuse3.Operations):
         elif is_temporary(writer.entry.key):
             return  # taken in when it is renamed
         else:
-            take_in, name = handles.put_record, f"backups/{writer.entry.key}"
+            suffix = RECORD_SUFFIX if writer.entry.kind is Kind.RECORD else ""
+            take_in, name = handles.put_record, f"backups/{writer.entry.key}{suffix}"
         try:
             await self.threads.slow(take_in, self._service, writer)
         except BackupfsError as error:

@@ -82,10 +82,6 @@ class Verification:
                 if self._repository.records.exists(record.backup_id):
                     self._name_hits(record)
 
-    def data_size(self) -> int:
-        """Bytes of all packs: what ``run`` reports progress towards, at most."""
-        return sum(list_packs(self._repository.storage).values())
-
     def note_objects(self, damage: Sequence[CorruptObject]) -> None:
         """Add findings about objects that hit no single backup."""
         self.findings.extend(

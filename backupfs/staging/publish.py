@@ -77,7 +77,8 @@ def publish(
             data_timestamp=moment,
             source_mtime_ns=publication.source_mtime_ns,
             source_mode=publication.source_mode,
-            data_size=content.data_count * repository.config.chunk_size,
+            # The last chunk of an image may reach past its end.
+            data_size=min(content.size, content.data_count * repository.config.chunk_size),
             stored_bytes=publication.stored_bytes,
             host=ambient.host_name(),
             metadata=publication.metadata,

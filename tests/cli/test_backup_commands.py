@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MIB, Run, damage_data
+from command_line import MIB, Run, damage_data
 
 from backupfs.hostfiles import DeviceTarget, FileTarget
 
@@ -247,6 +247,19 @@ def test_existing_file_is_replaced_by_force_only(
     assert target.read_bytes() == image.read_bytes()
 
 
+def test_restore_has_no_stream(
+    run: Run, repo: Path, backup: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who restores to '-' means standard output, and wants no file of that name."""
+    monkeypatch.chdir(tmp_path)
+
+    refused = run("restore", repo, "vm@latest", "-")
+
+    assert refused.code == 2
+    assert "'./-'" in refused.error_line
+    assert not Path("-").exists()
+
+
 def test_unknown_backup_leaves_no_file(
     run: Run, repo: Path, backup: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -383,6 +396,19 @@ def test_mode_of_the_source_comes_back_less_the_umask(run: Run, repo: Path, imag
 def test_empty_repository_lists_nothing(run: Run, repo: Path) -> None:
     assert listed(run, repo) == []
     assert len(run("list", repo).out.splitlines()) == 1
+
+
+def test_image_that_ends_within_a_chunk_has_no_more_data_than_bytes(
+    run: Run, repo: Path, tmp_path: Path
+) -> None:
+    odd = tmp_path / "odd.img"
+    odd.write_bytes(b"x" * 70_001)
+
+    run("backup", repo, odd)
+
+    (backup,) = listed(run, repo)
+    assert backup["data_size"] == backup["size"] == 70_001
+    assert run("stats", repo, "--json").json["data_bytes"] == 70_001
 
 
 def test_list_of_one_volume(run: Run, repo: Path, image: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run, on_terminal
+from command_line import Run, on_terminal
 
 from backupfs.cli.output import Column, in_steps, print_json, print_table, progress, report
 
@@ -75,6 +75,19 @@ def test_progress_on_a_terminal_names_what_is_done(total: int | None) -> None:
 
     assert "backing up [red]" in shown
     assert "4.0" in shown
+
+
+@pytest.mark.parametrize("command", ["verify", "gc"])
+def test_long_work_on_a_repository_shows_how_much_is_left(
+    repo: Path, backup: dict[str, Any], command: str
+) -> None:
+    """A bar without an end tells nothing after the first hour."""
+    words = [sys.executable, "-m", "backupfs.cli.main", command, str(repo)]
+
+    status, shown = on_terminal(words, columns=100)
+
+    assert status == 0, shown
+    assert "/1.5 MiB" in shown and "/?" not in shown
 
 
 def test_progress_hears_of_work_in_steps() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 import pytest
-from conftest import Run
+from command_line import Run
 
 from backupfs import __version__
 from backupfs.cli import main as program

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MIB, Run
+from command_line import MIB, Run
 
 COMMAND = [sys.executable, "-m", "backupfs.cli.main"]
 CAN_MOUNT = (
@@ -47,7 +47,7 @@ def mountpoint(repo: Path, tmp_path: Path) -> Iterator[Path]:
 
 def is_mounted(folder: Path) -> bool:
     """Asks the kernel's table: a mount that hangs would hold up who looks into it."""
-    return str(folder) in Path("/proc/self/mountinfo").read_text().split()
+    return str(folder) in Path("/proc/self/mountinfo").read_text(errors="replace").split()
 
 
 def detach(folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run, on_terminal
+from command_line import Run, on_terminal
 
 COMMAND = [sys.executable, "-m", "backupfs.cli.main"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MIB, Run, damage_data
+from command_line import MIB, Run, damage_data
 
 # -- init --------------------------------------------------------------------------------------
 

@@ -356,7 +356,7 @@ def _is_backupfs(process_id: int) -> bool:
 def mounts_below(folder: Path) -> list[Path]:
     """FUSE mounts in a folder, the innermost first."""
     found = []
-    for line in MOUNTINFO.read_text().splitlines():
+    for line in MOUNTINFO.read_text(errors="surrogateescape").splitlines():
         fields = line.split(" ")
         path = Path(fields[4].encode().decode("unicode_escape"))
         if fields[fields.index("-") + 1].startswith("fuse") and path.is_relative_to(folder):

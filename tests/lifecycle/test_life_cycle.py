@@ -194,7 +194,7 @@ def test_unmount_while_busy_is_refused_and_the_mount_works_on(mounted: Site) -> 
     ended = mounted.try_unmount()
     mounted.copy_in("other.img", data)
 
-    assert "in use" in reason_of(ended)
+    assert f"in use by a program (see 'fuser -vm {mounted.path}')" in reason_of(ended)
     assert copy.end() == 0
     assert_same(mounted.latest("vm").read_bytes(), data, "vm")
     assert_same(mounted.latest("other").read_bytes(), data, "other")

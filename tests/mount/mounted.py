@@ -299,7 +299,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def mounts_below(folder: Path) -> list[Path]:
     """What is mounted at ``folder`` or below it."""
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    lines = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
     places = [Path(line.split(" ")[4]) for line in lines]
     return [place for place in places if place.is_relative_to(folder)]
 

@@ -82,6 +82,7 @@ def test_both_names_of_a_backup_are_one_file(mounted: Mounted) -> None:
     assert one.st_size == len(IMAGE)
     assert by_time.name == f"{datetime.fromtimestamp(one.st_mtime, UTC):%Y-%m-%dT%H%M%SZ}.img"
     assert by_id.samefile(mounted.latest("web01"))
+    assert mounted.latest("web01").lstat().st_mtime == one.st_mtime
     assert_same(by_id, IMAGE)
 
 

@@ -206,6 +206,7 @@ def test_record_in_the_place_of_another_is_taken_for_what_it_says(
     assert errno_of_writing(other, exported.content) == 0
 
     assert other.read_bytes() == before
+    assert f"took in 'backups/{other.name}'" in mounted.events()
     mounted.assert_backups("web01", IMAGE, CHANGED)
 
 
