@@ -35,10 +35,21 @@ class Column:
 
 
 def prepare() -> None:
-    """Let no character that the terminal's encoding lacks end a command half-way."""
+    """Let neither a closed stream nor a character that the terminal lacks end a command half-way."""
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def _open_closed_streams() -> None:
+    """As nothing: what is opened next would get their numbers, and then what is written to them."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
 def print_line(text: str) -> None:

@@ -273,6 +273,27 @@ def test_foreground_mount_ends_with_its_signal(repo: Path, tmp_path: Path) -> No
 
 @needs_mount
 @pytest.mark.mount
+def test_mount_by_a_program_that_has_closed_its_streams(repo: Path, tmp_path: Path) -> None:
+    """Their numbers are free: the daemon's word that it is ready must not go the way of its output."""
+    folder = tmp_path / "mnt"
+    folder.mkdir()
+    script = '"$@" <&- >&- 2>&-'
+    try:
+        ended = subprocess.run(
+            ["bash", "-c", script, "bash", *COMMAND, "mount", repo, folder],
+            check=False,
+            timeout=60,
+        )
+
+        assert ended.returncode == 0
+        assert is_mounted(folder)
+        assert command("unmount", folder).returncode == 0
+    finally:
+        detach(folder)
+
+
+@needs_mount
+@pytest.mark.mount
 def test_unmount_is_refused_while_a_file_is_open(mountpoint: Path) -> None:
     with (mountpoint / "README.txt").open():
         refused = command("unmount", mountpoint)
