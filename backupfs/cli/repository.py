@@ -41,7 +41,8 @@ def init_command(repo: str, chunk_size: int, pack_size: int, compression_level: 
     """Make a new repository in an absent or empty folder.
 
     The chunk size cannot be changed later. Smaller chunks make smaller increments and a larger
-    index; the default suits virtual machines.
+    index; the default suits virtual machines. A folder that is made is readable by you alone; one
+    that is there keeps its mode.
 
     \b
     backupfs init /srv/backups

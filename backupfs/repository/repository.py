@@ -67,6 +67,9 @@ def init_repository(
 ) -> RepositoryConfig:
     """Make a repository in a folder that is absent or empty; durable on return.
 
+    One that was absent is its owner's alone: it will hold whole disks, secrets included. One that
+    was there keeps its mode.
+
     Raises:
         InvalidOption, RepositoryExists, StorageError: nothing was made.
     """
@@ -75,7 +78,7 @@ def init_repository(
     with translated():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RepositoryExists(location=location)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for name in ("packs", "records", "metadata", "sessions", "plans", "drafts", "spool"):
             (folder / name).mkdir()
         with (folder / "spool" / RESERVE_NAME).open("wb") as file:

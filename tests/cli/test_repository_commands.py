@@ -36,6 +36,18 @@ def test_init_with_impossible_options_is_wrong_usage(
     assert not (tmp_path / "repo").exists()
 
 
+def test_init_makes_a_folder_for_its_owner_alone(run: Run, tmp_path: Path) -> None:
+    """It will hold whole disks. What is there already was given its mode by somebody."""
+    shared = tmp_path / "shared"
+    shared.mkdir(mode=0o750)
+
+    run("init", tmp_path / "above" / "repo")
+    run("init", shared)
+
+    assert (tmp_path / "above" / "repo").stat().st_mode & 0o7777 == 0o700
+    assert shared.stat().st_mode & 0o7777 == 0o750
+
+
 def test_init_refuses_a_folder_in_use(run: Run, repo: Path, tmp_path: Path) -> None:
     before = sorted(repo.rglob("*"))
 
