@@ -44,6 +44,8 @@ def prepare() -> None:
 
 def _open_closed_streams() -> None:
     """As nothing: what is opened next would get their numbers, and then what is written to them."""
+    if None not in (sys.stdin, sys.stdout, sys.stderr):
+        return
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
