@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import random
-import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -949,17 +948,15 @@ class SparseVolume(RbdLikeVolume):
         self.position += len(data)
 
 
-def test_sparse_image_of_4_gib_is_quick(driver):
+def test_sparse_image_of_4_gib_comes_back_whole(driver):
     size = 4 << 30
     volume = SparseVolume(size, (3 << 30) + 5000, make_image(MIB))
     backup = make_backup()
-    started = time.monotonic()
 
     driver.backup(backup, volume)
     volume.position = 0
     driver.restore(backup, "volume-2", volume)
 
-    assert time.monotonic() - started < 20  # 2 s where nothing else runs
     assert volume.position == size
     record = record_of(driver, backup)
     assert record.size == size

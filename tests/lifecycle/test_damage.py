@@ -437,7 +437,7 @@ def test_damaged_record_hides_its_backup_only_and_its_copy_brings_it_back(
     assert ended.returncode == DAMAGE_FOUND and backup_id in ended.stderr
 
     site.run("cp", copy, site.backups)
-    assert becomes(lambda: "vm" in os.listdir(site.volumes), seconds=3)
+    assert becomes(lambda: "vm" in os.listdir(site.volumes), seconds=20)
     assert_same(site.latest("vm").read_bytes(), DATA, "vm")
     assert findings(site) == []
     site.command("gc")

@@ -328,7 +328,7 @@ def test_repository_that_is_moved_away_gives_errors_and_recovers(site: Site, dis
     assert len(site.log_text().splitlines()) < 15, "the log is flooded"
 
     aside.rename(site.repo)
-    assert becomes(lambda: site.latest("vm").exists(), seconds=3)
+    assert becomes(lambda: site.latest("vm").exists(), seconds=20)
     site.copy_in("new.img", content(MIB, 12))
     assert_backup_is_whole(site)
 

@@ -284,7 +284,7 @@ def test_backup_deleted_by_mistake(kept: Site) -> None:
 
     Follow(kept, "A backup deleted by mistake").block(0, **{EXAMPLE_ID: backup_id})
 
-    assert becomes(lambda: kept.names("vm") != [], seconds=3)
+    assert becomes(lambda: kept.names("vm") != [], seconds=20)
     assert_clean(kept)
 
 

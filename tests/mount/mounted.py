@@ -250,7 +250,7 @@ class Mounted:
 
     def assert_held(self, name: str, volume: str, *contents: bytes) -> dict[str, Any]:
         """``name`` is held, for a reason; the volume has just these backups. Returns the draft."""
-        becomes(lambda: self.drafts()[name]["state"] != "open", seconds=5)
+        becomes(lambda: self.drafts()[name]["state"] != "open", seconds=20)
         draft = self.drafts()[name]
         assert draft["state"] == "held" and draft["reason"], draft
         (listed,) = [item for item in self.listed("drafts") if item["name"] == name]

@@ -93,7 +93,7 @@ def test_killed_copy_is_held(
 
     if (program, number) == ("dd", signal.SIGINT):
         # dd handles it and closes as usual; it is marked as killed only when it is gone.
-        assert becomes(lambda: mounted.drafts() != {} or mounted.names("web01") != [], seconds=5)
+        assert becomes(lambda: mounted.drafts() != {} or mounted.names("web01") != [], seconds=20)
     draft = mounted.assert_held("web01.img", "web01")
     assert "killed" in draft["reason"]
     staged = target.read_bytes()

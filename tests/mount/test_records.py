@@ -157,7 +157,7 @@ def test_record_of_the_command_import_shows_in_the_mount(
     mounted.command("import", exported.path)
 
     image = mounted.backups / f"{exported.backup_id}.img"
-    assert becomes(image.exists, seconds=2)
+    assert becomes(image.exists, seconds=20)
     assert_same(image, IMAGE)
 
 

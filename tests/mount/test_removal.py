@@ -133,7 +133,7 @@ def test_emptied_folder_goes_with_the_last_volume_that_came_into_it(mounted: Mou
 
     mounted.command("delete", "100/disk-1@latest")
 
-    assert becomes(lambda: os.listdir(mounted.volumes) == [], seconds=5)
+    assert becomes(lambda: os.listdir(mounted.volumes) == [], seconds=20)
 
 
 def test_python_removes_a_volume(mounted: Mounted, web01: Path) -> None:
