@@ -41,6 +41,7 @@ Answer = TypeVar("Answer")
 START_SECONDS_MAX = 120.0
 ANSWER_SECONDS_MAX = 20.0
 REPORT_SIZE_MAX = 4096
+LINKS_MAX = 40  # as the kernel has it
 
 
 def mount(location: str, mountpoint: str, options: MountOptions, *, foreground: bool) -> None:
@@ -74,8 +75,7 @@ def unmount(mountpoint: str, *, timeout: float = 300) -> None:
         Busy: something in the mount is open.
         UnmountFailed: nothing of ours is mounted there, or the daemon did not end in time.
     """
-    target = Path(mountpoint).absolute()
-    target = Path(os.path.realpath(target.parent)) / target.name
+    target = _resolved(mountpoint)
     if mount_device(target) is None:
         raise UnmountFailed(mountpoint=mountpoint, reason="no backupfs is mounted there")
     try:
@@ -95,13 +95,24 @@ def unmount(mountpoint: str, *, timeout: float = 300) -> None:
             os.close(process)
 
 
+def _resolved(mountpoint: str) -> Path:
+    """Its place, without links. It is not looked at itself: what is mounted there may not answer."""
+    target = Path(mountpoint).absolute()
+    for _ in range(LINKS_MAX):
+        target = Path(os.path.realpath(target.parent)) / target.name
+        try:
+            target = target.parent / os.readlink(target)  # of a mount the kernel itself says no
+        except OSError:
+            break
+    return target
+
+
 # -- before the mount --------------------------------------------------------------------------
 
 
 def _checked_mountpoint(location: str, mountpoint: str) -> Path:
     """The mountpoint, free of dead mounts of ours, and neither in nor around the repository."""
-    target = Path(mountpoint).absolute()
-    target = Path(os.path.realpath(target.parent)) / target.name
+    target = _resolved(mountpoint)
     _clear_dead_mount(target)
     target = Path(os.path.realpath(target))
     if not target.is_dir():
@@ -230,6 +241,10 @@ def _run_detached(location: str, target: Path, options: MountOptions, report: in
     except BackupfsError as error:
         log.error("%s", error)
         _send_report(report, str(error).encode())
+    except OSError as error:
+        log.exception("the daemon ends")
+        reason = error.strerror or str(error)
+        _send_report(report, f"{error.filename or 'the daemon'}: {reason}".encode())
     except BaseException as error:  # the last place that can say what happened
         log.exception("the daemon ends")
         _send_report(report, f"{type(error).__name__}: {error}".encode())

@@ -330,7 +330,11 @@ def _open_environment(folder: Path) -> tuple[Any, int]:
             environment = _environment(folder)
             environment.reader_check()  # gives back the places of readers that were killed
         except (OSError, lmdb.Error) as error:
-            raise StorageUnavailable(reason=f"index in {str(folder)!r}: {error}") from error
+            why = error.strerror if isinstance(error, OSError) else error
+            reason = f"its index cannot be kept in {str(folder)!r}: {why}"
+            raise StorageUnavailable(
+                reason=f"{reason} (XDG_CACHE_HOME chooses another place)"
+            ) from error
         undo.pop_all()
         return environment, users
 

@@ -165,6 +165,21 @@ def test_mount_with_a_log_that_cannot_be_written_says_so(site: Site) -> None:
     assert not site.is_mounted()
 
 
+def test_mount_without_a_place_for_the_index_says_so(site: Site) -> None:
+    """As of a user without a home, or one that is read-only; the log has its place there as well."""
+    site.environment["XDG_CACHE_HOME"] = "/proc/no/such/folder"
+    site.may_log_errors = True
+
+    for words in (("mount", site.path), ("mount", site.path, "-o", f"log_file={site.log_file}")):
+        ended = site.command(*words, check=False)
+        assert "/proc/no" in reason_of(ended)
+        assert "Error" not in ended.stderr
+    ended = site.command("list", check=False)
+
+    assert "its index cannot be kept in '/proc/no/such/folder" in reason_of(ended)
+    assert "XDG_CACHE_HOME" in ended.stderr
+
+
 def test_unknown_option_is_wrong_usage(site: Site) -> None:
     ended = site.try_mount("settle=5,colour=blue")
 
@@ -312,11 +327,25 @@ def test_dead_mount_is_cleaned_up_at_the_next_start(mounted: Site) -> None:
     with pytest.raises(OSError, match="not connected"):
         os.listdir(mounted.path)
 
-    mounted.mount()
+    ended = mounted.try_mount()
 
+    assert ended.returncode == 0
+    assert ended.stderr == f"backupfs: warning: removing the dead mount at {mounted.path}\n"
     assert_same(mounted.latest("vm").read_bytes(), data, "vm")
-    assert "removing the dead mount" in mounted.log_text() or mounted.is_mounted()
     mounted.unmount()
+    assert not mounted.is_mounted(), "the dead one is still below"
+
+
+def test_dead_mount_behind_links_is_cleaned_up(mounted: Site) -> None:
+    link, other = mounted.folder / "link", mounted.folder / "other"
+    other.symlink_to(mounted.path.name)
+    link.symlink_to(other)
+    mounted.kill()
+
+    mounted.mount(path=link)
+
+    assert mounted.is_mounted()
+    mounted.unmount(path=link)
     assert not mounted.is_mounted(), "the dead one is still below"
 
 
