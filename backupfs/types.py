@@ -14,7 +14,6 @@ BlobId = NewType(
     "BlobId", bytes
 )  # 32 bytes: keyed BLAKE3 of a chunk or node as it was before storing
 PackId = NewType("PackId", bytes)  # 16 random bytes
-SessionId = NewType("SessionId", str)  # 32 hexadecimal digits
 ObjectName = NewType("ObjectName", str)  # a relative path of plain ASCII parts, "packs/ab/abcd…"
 
 BLOB_ID_SIZE = 32

@@ -27,7 +27,7 @@ This is a backupfs mount: a file system whose files are backups of volume images
 A copy that was interrupted is no backup: it is held in staging/ until it is copied again, published
 ("backupfs publish") or removed. volumes/NAME/metadata.json is yours to write: a JSON object.
 
-Restore with any tool. To keep holes as holes: cp --sparse=always, rsync -S or qemu-img convert.
+Restore with any tool. To keep holes as holes: cp --sparse=always, rsync -SL or qemu-img convert.
 Mount a backup:  mount -o loop,ro,noload volumes/NAME/latest.img /mnt
 """
 

@@ -111,12 +111,6 @@ class BlobReader:
         """A chunk if it is in memory; never waits."""
         return self.zeros if blob_id == HOLE else self._chunks.get(blob_id)
 
-    def locate(self, blob_id: BlobId) -> bool:
-        """Whether the blob is listed in a pack that exists; its bytes are not looked at."""
-        if blob_id == HOLE or self._index.find(blob_id) is not None:
-            return True
-        return self._packer is not None and self._packer.is_pending(blob_id)
-
     def raw_at(self, pack_id: PackId, entry: PackEntry) -> bytes:
         """Header and payload of the blob that ``entry`` lists, proven past all caches.
 

@@ -23,7 +23,7 @@ from backupfs.repository.chunks import ChunkStore
 from backupfs.repository.images import EMPTY, Root, TreeEditor
 from backupfs.repository.workers import Credit, OpenShare, Workers
 from backupfs.staging.pending import Batch, PendingChunk, PendingChunks
-from backupfs.types import IMAGE_SIZE_MAX, BlobId, Buffer
+from backupfs.types import IMAGE_SIZE_MAX, Buffer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,11 +310,6 @@ class Draft:
         if count == 1:
             return bytes(memoryview(chunks[0])[start : start + size])
         return bytes(memoryview(b"".join(chunks))[start : start + size])
-
-    def chunk_ids(self, first: int, count: int) -> list[BlobId]:
-        """Ids of stored chunks, for reading ahead; pending ones have none yet."""
-        with self._tree_lock:
-            return self._tree.ids(first, count)
 
     def _chunks(self, first: int, count: int) -> list[Buffer]:
         # Pending first, then the tree: a chunk may move from the one to the other meanwhile.
