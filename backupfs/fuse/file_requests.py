@@ -18,7 +18,7 @@ from backupfs.fuse.handles import (
     TextWriter,
 )
 from backupfs.fuse.layout import RECORD_SUFFIX, Entry, Kind
-from backupfs.fuse.openers import opener_of, was_killed
+from backupfs.fuse.openers import holds_for_writing, opener_of, was_killed
 from backupfs.fuse.requests import Requests, answered, staged_entry, text_of
 from backupfs.service import Image
 from backupfs.staging.lifecycle import is_temporary
@@ -143,13 +143,22 @@ class FileRequests(Requests):
     async def flush(self, fh: int) -> None:
         handle = self._handles[fh]
         if isinstance(handle, StagedWriter):
-            interrupted = was_killed(handle.opener.process_id)
             handle.flushed_at = None
-            await self.threads.slow(self._writable().flush, handle.handle, interrupted=interrupted)
+            number = self._inodes.number(staged_entry(handle.handle))
+            await self.threads.slow(self._flush_staged, handle, number)
             if handle.staged.changed:
                 handle.flushed_at = trio.current_time()
         elif isinstance(handle, TextWriter) and handle.is_complete():
             await self._take_in(handle)
+
+    def _flush_staged(self, handle: StagedWriter, number: int) -> None:
+        """In a thread. The descriptor that is being closed is none of its program's any more."""
+        program = handle.opener.process_id
+        self._writable().flush(
+            handle.handle,
+            interrupted=was_killed(program),
+            goes_on=handle.staged.changed and holds_for_writing(program, number),
+        )
 
     @answered
     async def fsync(self, fh: int, datasync: bool) -> None:

@@ -249,10 +249,12 @@ class StagingArea:
                 self._keeper.flush(staged, interrupted=False)
                 self._decide(staged)
 
-    def flush(self, handle: WriteHandle, *, interrupted: bool) -> None:
+    def flush(self, handle: WriteHandle, *, interrupted: bool, goes_on: bool = False) -> None:
         """What close(2) waits for: all written so far is durable, with the file's own state.
 
-        ``interrupted``: whoever opened it was killed. Raises: BackupfsError.
+        ``interrupted``: whoever opened it was killed. ``goes_on``: this was a duplicate, and whoever
+        opened it has it open still, so should the daemon die, it was in the middle of writing.
+        Raises: BackupfsError.
         """
         staged = handle.staged
         with staged.lock:
@@ -261,7 +263,8 @@ class StagingArea:
                 staged.failure = ""
             elif handle.is_cut_short and id(handle) in staged.unflushed:
                 staged.left_partial = True
-            staged.unflushed.discard(id(handle))
+            if not goes_on:
+                staged.unflushed.discard(id(handle))
             self._keeper.flush(staged, interrupted=interrupted)
 
     def sync(self, handle: WriteHandle) -> None:

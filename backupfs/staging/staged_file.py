@@ -49,7 +49,7 @@ class StagedFile:
         self.sequence = 0
         self.is_marked = False  # as being written, for the next start of the daemon
         self.state_lock = threading.RLock()  # held while its state or mark is written
-        self.unflushed: set[int] = set()  # numbers of the handles that wrote since their last flush
+        self.unflushed: set[int] = set()  # ids of handles that wrote, and were not closed since
         self.is_saved = False  # some durable state of it exists
 
     @classmethod

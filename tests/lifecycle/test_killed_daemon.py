@@ -97,6 +97,22 @@ def test_copy_that_returned_is_kept(mounted: Site, script: str) -> None:
     mounted.assert_verified()
 
 
+def test_group_of_a_shell_that_was_not_at_its_end_is_held(mounted: Site) -> None:
+    """Each program that ends closes the file, which the shell has open still."""
+    data = content(MIB, 12)
+    script = 'exec > "$2"; head -c 500000 "$1"; echo written >&2; read line; tail -c 500000 "$1"'
+    words = ("bash", "-c", script, "bash", mounted.image(data), mounted.staging / "vm.img")
+    group = mounted.start(*words, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert group.stderr is not None and group.stderr.readline() == b"written\n"
+
+    mounted.kill()
+    mounted.mount()
+
+    assert "being written" in mounted.drafts()["vm.img"]["reason"]
+    assert_same((mounted.staging / "vm.img").read_bytes(), data[:500_000], "vm.img")
+    assert mounted.names("vm") == []
+
+
 def test_patch_of_a_head_that_returned_is_kept(mounted: Site) -> None:
     contents = [content(2 * MIB, 2)]
     mounted.copy_in("vm.img", contents[0])
@@ -157,7 +173,7 @@ def test_metadata_that_was_closed_is_kept(mounted: Site) -> None:
 # -- during --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [("cp",), ("rsync",), ("mv",)], ids=lambda words: words[0])
+@pytest.mark.parametrize("words", [("cp",), ("rsync", "-I"), ("mv",)], ids=lambda words: words[0])
 def test_kill_during_a_copy_leaves_the_old_backup_and_a_held_draft(
     mounted: Site, words: tuple[str, ...]
 ) -> None:

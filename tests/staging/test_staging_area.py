@@ -301,6 +301,33 @@ def test_a_program_that_sets_the_size_last_and_wrote_nothing_makes_no_backup(ser
     assert images(service) == [IMAGE]
 
 
+def test_a_duplicate_that_was_closed_is_no_end_to_the_next_daemon(location):
+    """Programs of a shell's group close one each; what was written so far is kept, and held."""
+
+    def write_half(area: StagingArea) -> None:
+        handle = create(area, "vm.img")
+        write(area, handle, IMAGE[:5000])
+        area.flush(handle, interrupted=False, goes_on=True)
+
+    daemon_that_dies(location, write_half)
+
+    with next_start(location) as (service, area):
+        assert state(area, "vm.img") == "held: backupfs ended while it was being written"
+        assert content(area, "vm.img") == IMAGE[:5000]
+        assert images(service) == []
+
+
+def test_a_duplicate_that_was_closed_does_not_hold_the_file_at_its_release(service, area):
+    handle = create(area, "vm.img")
+    write(area, handle, IMAGE)
+    area.flush(handle, interrupted=False, goes_on=True)
+
+    area.release(handle, interrupted=False)
+
+    assert images(service) == [IMAGE]
+    assert not area.find("vm.img").is_marked
+
+
 def test_a_smaller_copy_is_held_and_published_when_told_to(service, area):
     copy(area, "vm.img", IMAGE)
     copy(area, "vm.img", IMAGE[:1000])
