@@ -17,9 +17,7 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,7 +27,7 @@ from backupfs.fuse.mount import Mount, mount_device
 from backupfs.fuse.options import MountOptions, parse_mount_options
 from backupfs.repository.repository import cache_folder
 from backupfs.service import Policy, Service
-from backupfs.staging.drafts import STATUS_PATH
+from backupfs.staging.drafts import STATUS_PATH, asked
 from backupfs.storage.locate import local_folder
 
 __all__ = ["MountOptions", "mount", "parse_mount_options", "unmount"]
@@ -142,26 +140,8 @@ def _clear_dead_mount(target: Path) -> None:
 
 
 def _asked(ask: Callable[[Path], Answer], target: Path) -> Answer:
-    """What a mount answers: one whose daemon is stopped or stuck must not hold us for ever.
-
-    Raises: OSError (TimeoutError: no answer).
-    """
-    answer: Future[Answer] = Future()
-
-    def work() -> None:
-        try:
-            answer.set_result(ask(target))
-        except OSError as error:
-            answer.set_exception(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(ANSWER_SECONDS_MAX)  # not only until the answer: the process is to fork
-    try:
-        return answer.result(timeout=0)
-    except TimeoutError:
-        reason = f"what is mounted there did not answer in {ANSWER_SECONDS_MAX:.0f} s"
-        raise TimeoutError(reason) from None
+    """What a mount answers. Raises: OSError (TimeoutError: no answer)."""
+    return asked(ask, target, seconds_max=ANSWER_SECONDS_MAX)
 
 
 def _is_dead(target: Path) -> bool:

@@ -12,8 +12,11 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import datetime
 from pathlib import Path
+from typing import Any, TypeVar
 
 from backupfs.errors import (
     BackupfsError,
@@ -36,6 +39,9 @@ PUBLISH_ATTRIBUTE = "user.backupfs.publish"
 ID_ATTRIBUTE = "user.backupfs.id"
 STATUS_PATH = ".backupfs/status.json"
 MOUNT_SECONDS_MAX = 10.0
+PUBLISH_SECONDS_MAX = 120.0  # also waits for other publishers
+
+Answer = TypeVar("Answer")
 
 
 def mountpoint_of(repository: Repository) -> str | None:
@@ -63,14 +69,33 @@ def wait_for_mount(repository: Repository) -> None:
     except Busy:
         return
     if mountpoint is not None:
-        look = threading.Thread(target=_look_into, args=(mountpoint,), daemon=True)
-        look.start()
-        look.join(MOUNT_SECONDS_MAX)
+        with contextlib.suppress(OSError):
+            asked(_look_into, mountpoint, seconds_max=MOUNT_SECONDS_MAX)
 
 
 def _look_into(mountpoint: str) -> None:
-    with contextlib.suppress(OSError):
-        os.close(os.open(Path(mountpoint) / "volumes", os.O_RDONLY | os.O_DIRECTORY))
+    os.close(os.open(Path(mountpoint) / "volumes", os.O_RDONLY | os.O_DIRECTORY))
+
+
+def asked(call: Callable[..., Answer], *arguments: Any, seconds_max: float) -> Answer:
+    """What ``call`` gets from a mount: one whose daemon is stopped or stuck would hold it for ever.
+
+    Raises: OSError (TimeoutError: no answer), and what else ``call`` raises.
+    """
+    answer: Future[Answer] = Future()
+
+    def work() -> None:
+        try:
+            answer.set_result(call(*arguments))
+        except Exception as error:  # is raised where it was asked
+            answer.set_exception(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds_max)  # not only until the answer: the process may be about to fork
+    if not answer.done():
+        raise TimeoutError(f"what is mounted there did not answer in {seconds_max:.0f} s")
+    return answer.result()
 
 
 def list_drafts(repository: Repository) -> list[DraftInfo]:
@@ -102,9 +127,15 @@ def publish_through_mount(mountpoint: str, name: str) -> str:
     if check_volume_name(name):  # nothing like "../x" is ever staged
         raise DraftNotFound(name=name)
     path = Path(mountpoint) / "staging" / name
-    try:
+
+    def publish() -> str:
         os.setxattr(path, PUBLISH_ATTRIBUTE, b"1")
         return os.getxattr(path, ID_ATTRIBUTE).decode()
+
+    try:
+        return asked(publish, seconds_max=PUBLISH_SECONDS_MAX)
+    except TimeoutError as error:
+        raise StorageUnavailable(reason=f"{mountpoint!r}: {error}") from error
     except OSError as error:
         raise _refusal(name, error) from error
 
@@ -123,8 +154,9 @@ def _refusal(name: str, error: OSError) -> BackupfsError:
 
 
 def _drafts_of_mount(mountpoint: str) -> list[DraftInfo]:
+    path = Path(mountpoint) / STATUS_PATH
     try:
-        status = json.loads((Path(mountpoint) / STATUS_PATH).read_text())
+        status = json.loads(asked(path.read_text, seconds_max=MOUNT_SECONDS_MAX))
     except (OSError, ValueError) as error:
         raise StorageUnavailable(reason=f"the mount at {mountpoint!r} does not answer") from error
     for damage in status["unreadable_drafts"]:

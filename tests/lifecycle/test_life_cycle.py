@@ -29,7 +29,9 @@ from lifecycle_mount import (
 
 from backupfs import daemon
 from backupfs.daemon import MountOptions
-from backupfs.errors import MountFailed, UnmountFailed
+from backupfs.errors import MountFailed, StorageUnavailable, UnmountFailed
+from backupfs.service import Service
+from backupfs.staging import drafts
 
 IS_ROOT = os.geteuid() == 0
 
@@ -412,9 +414,17 @@ def test_daemon_that_does_not_answer_is_waited_for_a_while_only(
     mounted: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(daemon, "ANSWER_SECONDS_MAX", 1.0)
+    monkeypatch.setattr(drafts, "MOUNT_SECONDS_MAX", 1.0)
+    monkeypatch.setattr(drafts, "PUBLISH_SECONDS_MAX", 1.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", mounted.environment["XDG_CACHE_HOME"])
     process = mounted.daemon()
     os.kill(process, signal.SIGSTOP)
     try:
+        with Service.open(str(mounted.repo)) as service:
+            with pytest.raises(StorageUnavailable, match="does not answer"):
+                service.drafts()
+            with pytest.raises(StorageUnavailable, match="did not answer"):
+                service.publish("vm.img")
         with pytest.raises(UnmountFailed, match="did not answer"):
             daemon.unmount(str(mounted.path))
         with pytest.raises(MountFailed, match="did not answer"):
