@@ -33,11 +33,11 @@ def test_what_rsync_kept_of_a_broken_transfer_stays_held(mounted: Site, how: str
     part.write_bytes(content(MIB, 1))
     os.utime(part, ns=(0, 0))
     part.rename(mounted.staging / "vm.img")
-    assert "partial" in reason_held(mounted, "vm.img")
+    assert "rsync was interrupted" in reason_held(mounted, "vm.img")
 
     start_again(mounted, how)
 
-    assert "partial" in reason_held(mounted, "vm.img")
+    assert "rsync was interrupted" in reason_held(mounted, "vm.img")
     assert mounted.names("vm") == []
 
 
