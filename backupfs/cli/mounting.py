@@ -21,8 +21,8 @@ from backupfs.errors import MountFailed
     "options",
     multiple=True,
     metavar="OPTIONS",
-    help="ro, allow_other, umask=, uid=, gid=, settle=SECONDS, settle_all, publish=rename; "
-    "what else fstab may hold is ignored.",
+    help="ro, allow_other, umask=, uid=, gid=, settle=SECONDS, settle_all, publish=rename, "
+    "log_file=PATH; what else fstab may hold is ignored.",
 )
 @click.option("--foreground", "-f", is_flag=True, help="Stay, and log to standard error.")
 def mount_command(repo: str, mountpoint: str, options: tuple[str, ...], foreground: bool) -> None:

@@ -67,9 +67,13 @@ def _apply(options: MountOptions, word: str) -> MountOptions:
         return replace(options, gid=_number(word, value, base=10, high=(1 << 32) - 2))
     if name == "settle":
         return replace(options, settle=_seconds(word, value))
-    if name == "publish" and value in ("rename", "close"):
+    if name == "publish":
+        if value not in ("rename", "close"):
+            raise InvalidOption(option=word, reason="'rename' or 'close' (the default)")
         return replace(options, publish_on_rename_only=value == "rename")
-    if name == "log_file" and value.startswith("/"):
+    if name == "log_file":
+        if not value.startswith("/"):
+            raise InvalidOption(option=word, reason="a path that begins with '/' is missing")
         return replace(options, log_file=Path(value))
     raise InvalidOption(option=word, reason="not an option of a backupfs mount")
 
