@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -75,6 +76,7 @@ class Mount:
 
         SIGTERM and SIGINT unmount. Raises: MountFailed.
         """
+        logging.getLogger("pyfuse3").addFilter(_is_no_late_answer)
         # From here to the receiver below a signal would end the process and leave a dead mount.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         with _noted_stderr() as said:
@@ -187,6 +189,11 @@ def _noted_stderr() -> Iterator[Callable[[], str]]:
         os.dup2(saved, 2)
         os.close(saved)
         os.close(noted)
+
+
+def _is_no_late_answer(record: logging.LogRecord) -> bool:
+    """Whoever waited for an answer was killed, or the mount has gone: that is no error of ours."""
+    return not record.getMessage().endswith(f"fuse_reply_* failed with {os.strerror(errno.ENOENT)}")
 
 
 def _raise_read_ahead(mountpoint: Path) -> None:

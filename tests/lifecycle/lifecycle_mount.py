@@ -295,9 +295,7 @@ def site_in(
 
 def is_error(line: str) -> bool:
     """Whether a line of the daemon's log must not be there."""
-    # Whoever waited for the answer has gone, or the mount has, while a file was released.
-    is_late_answer = "fuse_release(): fuse_reply_* failed with No such file" in line
-    return (" ERROR " in line or "Traceback" in line) and not is_late_answer
+    return " ERROR " in line or "Traceback" in line
 
 
 # -- processes and mounts ----------------------------------------------------------------------
