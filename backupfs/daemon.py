@@ -51,7 +51,7 @@ def mount(location: str, mountpoint: str, options: MountOptions, *, foreground: 
         MountFailed, Busy, RepositoryNotFound, StorageError…: nothing is mounted.
     """
     location = str(local_folder(location))  # the daemon works elsewhere
-    target = _checked_mountpoint(location, mountpoint)
+    target = _checked_mountpoint(location, mountpoint, options)
     if foreground:
         _log_to(logging.StreamHandler(sys.stderr))
         _run(location, target, options, lambda: log.info("mounted at %s", target))
@@ -108,8 +108,11 @@ def _resolved(mountpoint: str) -> Path:
 # -- before the mount --------------------------------------------------------------------------
 
 
-def _checked_mountpoint(location: str, mountpoint: str) -> Path:
-    """The mountpoint, free of dead mounts of ours, and neither in nor around the repository."""
+def _checked_mountpoint(location: str, mountpoint: str, options: MountOptions) -> Path:
+    """The mountpoint, free of dead mounts of ours, and neither in nor around the repository.
+
+    Nor does the index or the log lie below it: the daemon would wait for itself.
+    """
     target = _resolved(mountpoint)
     _clear_dead_mount(target)
     target = Path(os.path.realpath(target))
@@ -122,6 +125,10 @@ def _checked_mountpoint(location: str, mountpoint: str) -> Path:
         raise MountFailed(
             mountpoint=mountpoint, reason="repository and mountpoint must not lie in each other"
         )
+    for place in filter(None, (cache_folder(""), options.log_file)):
+        if Path(os.path.realpath(place)).is_relative_to(target):
+            reason = f"the daemon's own {str(place)!r} must not lie below it"
+            raise MountFailed(mountpoint=mountpoint, reason=reason)
     return target
 
 

@@ -262,13 +262,20 @@ class Repository:
 
 
 def cache_folder(name: str) -> Path:
-    """Where this host keeps what can be made anew; never inside a repository."""
+    """Where this host keeps what can be made anew; never inside a repository.
+
+    Raises: StorageUnavailable (nothing says where, as for a user that is a number only).
+    """
     cache_home = os.environ.get("XDG_CACHE_HOME")
     if cache_home and Path(cache_home).is_absolute():
         return Path(cache_home) / "backupfs" / name
     if os.geteuid() == 0:
         return Path("/var/cache/backupfs") / name
-    return Path.home() / ".cache" / "backupfs" / name
+    try:
+        return Path.home() / ".cache" / "backupfs" / name
+    except RuntimeError as error:
+        reason = "there is no home to keep its index in: set XDG_CACHE_HOME to a folder"
+        raise StorageUnavailable(reason=reason) from error
 
 
 def _cache_name(config: RepositoryConfig, folder: Path) -> str:

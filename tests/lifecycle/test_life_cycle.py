@@ -110,6 +110,20 @@ def test_failed_start_says_why_in_one_line(site: Site, tmp_path: Path) -> None:
     inside.rmdir()
 
 
+@pytest.mark.parametrize("what", ["index", "log"])
+def test_mount_over_what_the_daemon_writes_to_is_refused(site: Site, what: str) -> None:
+    """It would wait for itself as soon as it looked there."""
+    if what == "index":
+        site.environment["XDG_CACHE_HOME"] = str(site.path / "cache")
+    else:
+        site.log_file = site.path / "backupfs.log"
+
+    reason = reason_of(site.try_mount())
+
+    assert f"own '{site.path}/" in reason and "must not lie below it" in reason
+    assert not site.is_mounted()
+
+
 def test_mount_through_a_link_into_the_repository_is_refused(site: Site, tmp_path: Path) -> None:
     (site.repo / "inside").mkdir()
     link = tmp_path / "link"

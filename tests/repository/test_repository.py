@@ -17,6 +17,7 @@ from backupfs.errors import (
     RepositoryExists,
     RepositoryNotFound,
     StorageError,
+    StorageUnavailable,
 )
 from backupfs.repository import repository as repository_module
 from backupfs.repository.repository import Repository
@@ -147,6 +148,17 @@ def test_the_cache_lies_where_the_host_keeps_caches(monkeypatch, xdg, root, expe
     monkeypatch.setattr(os, "geteuid", lambda: 0 if root else 1000)
 
     assert repository_module.cache_folder("name") == Path(expected)
+
+
+def test_a_user_without_a_home_is_told_how_to_name_a_place(monkeypatch):
+    """As in a container that runs as a user who is a number only."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    for name in ("getuid", "geteuid"):
+        monkeypatch.setattr(os, name, lambda: 54321)
+
+    with pytest.raises(StorageUnavailable, match="set XDG_CACHE_HOME"):
+        repository_module.cache_folder("name")
 
 
 # -- threads and bounds ------------------------------------------------------------------------
