@@ -62,7 +62,7 @@ class ImageTooLarge(RequestError):
 
 
 class NothingToPublish(RequestError):
-    template = "{name!r} holds nothing that is not published already"
+    template = "{name!r} has nothing to publish: it is a backup already, empty, or being written"
 
 
 class Cancelled(RequestError):

@@ -98,7 +98,7 @@ class FileRequests(Requests):
             if not truncate:
                 writer.buffer[:] = await self._content(entry)
         if truncate:
-            writer.buffer.clear()
+            writer.clear()
         return self._opened(writer, direct=True)
 
     @answered

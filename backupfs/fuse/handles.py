@@ -9,7 +9,7 @@ import trio
 
 from backupfs.errors import InvalidMetadata, InvalidRecord
 from backupfs.format.record import METADATA_SIZE_MAX, RECORD_SIZE_MAX
-from backupfs.fuse.layout import Entry
+from backupfs.fuse.layout import Entry, Kind
 from backupfs.fuse.openers import Opener
 from backupfs.repository.images import Root
 from backupfs.service import Image, Record, Service
@@ -69,33 +69,51 @@ class TextWriter:
     size_max: int
     buffer: bytearray = field(default_factory=bytearray)
     is_dirty: bool = False
+    is_too_large: bool = False  # something written was refused: what is left is none of it
 
     def write(self, offset: int, data: bytes) -> None:
-        """Raises: InvalidRecord where it would become too large."""
+        """Raises: InvalidRecord, InvalidMetadata where it would become too large."""
         end = offset + len(data)
-        if end > self.size_max:
-            raise InvalidRecord(reason=f"more than {self.size_max} bytes")
+        self._check_size(end)
         if end > len(self.buffer):
             self.buffer.extend(bytes(end - len(self.buffer)))
         self.buffer[offset:end] = data
         self.is_dirty = True
 
     def truncate(self, size: int) -> None:
-        if size > self.size_max:
-            raise InvalidRecord(reason=f"more than {self.size_max} bytes")
+        """Raises: InvalidRecord, InvalidMetadata where it would become too large."""
+        self._check_size(size)
         del self.buffer[size:]
         self.buffer.extend(bytes(size - len(self.buffer)))
         self.is_dirty = True
 
+    def clear(self) -> None:
+        """Begin anew, as O_TRUNC wants it."""
+        self.buffer.clear()
+        self.is_too_large = False
+
     def is_complete(self) -> bool:
         """Whether there is something to take in: shells close once before the first write."""
-        return self.is_dirty and bool(self.buffer)
+        return self.is_dirty and (bool(self.buffer) or self.is_too_large)
+
+    def content(self) -> bytes:
+        """All that was written. Raises: InvalidRecord, InvalidMetadata where it was too large."""
+        self._check_size(0)
+        return bytes(self.buffer)
+
+    def _check_size(self, size: int) -> None:
+        if size > self.size_max:
+            self.is_dirty = self.is_too_large = True
+        if self.is_too_large:
+            reason = f"it has more than {self.size_max} bytes"
+            is_metadata = self.entry.kind is Kind.METADATA
+            raise InvalidMetadata(reason=reason) if is_metadata else InvalidRecord(reason=reason)
 
 
 def put_metadata(service: Service, writer: TextWriter) -> None:
     """Take in what was written to a ``metadata.json``. Raises: InvalidMetadata, StorageError."""
     try:
-        value = json.loads(bytes(writer.buffer))
+        value = json.loads(writer.content())
     except (ValueError, RecursionError) as error:
         raise InvalidMetadata(reason=f"it is no JSON ({error})") from error
     if not isinstance(value, dict):
@@ -106,7 +124,7 @@ def put_metadata(service: Service, writer: TextWriter) -> None:
 
 def put_record(service: Service, writer: TextWriter) -> None:
     """Take in a record that was copied in. Raises: InvalidRecord, MissingData, BackupExists…"""
-    service.import_record(bytes(writer.buffer))
+    service.import_record(writer.content())
     writer.is_dirty = False
 
 

@@ -83,8 +83,14 @@ def test_drafts_are_listed_and_published_by_commands(mounted: Mounted) -> None:
     [
         ("absent.img", "nothing is staged under 'absent.img' (see 'backupfs drafts')"),
         ("../x", "nothing is staged under '../x' (see 'backupfs drafts')"),
-        ("web01.img", "'web01.img' holds nothing that is not published already"),
-        ("touched.img", "'touched.img' holds nothing that is not published already"),
+        (
+            "web01.img",
+            "'web01.img' has nothing to publish: it is a backup already, empty, or being written",
+        ),
+        (
+            "touched.img",
+            "'touched.img' has nothing to publish: it is a backup already, empty, or being written",
+        ),
         (".held", "'.held' is not a name backupfs can keep: a temporary name; rename it first"),
     ],
 )

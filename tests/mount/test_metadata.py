@@ -87,6 +87,18 @@ def test_too_much_metadata_is_refused(mounted: Mounted, path: Path) -> None:
     assert run("cp", source, path, check=False).returncode != 0
 
     assert json.loads(path.read_text()) == {}
+    assert "not usable as a volume's metadata: it has more than" in mounted.events()
+
+
+def test_metadata_whose_beginning_would_do_are_refused_for_their_length(
+    mounted: Mounted, path: Path
+) -> None:
+    """The writer was told of an error: what came before it is not taken in."""
+    source = mounted.image(b'{"a": 1}'.ljust(8 << 20), "long.json")
+
+    assert run("dd", f"if={source}", f"of={path}", "bs=64k", check=False).returncode != 0
+
+    assert json.loads(path.read_text()) == {}
 
 
 HALF = '{"half a pair": "\\ud800", "\\udc80": ["\\udfff", "ü"]}'

@@ -232,8 +232,9 @@ def test_record_that_is_too_large_is_refused(
 
     assert ended.returncode != 0 and b"Invalid argument" in ended.stderr
     mounted.assert_backups("web01", CHANGED)
-    assert os.listdir(mounted.backups) == sorted(os.listdir(mounted.backups))
     assert "large.msgpack" not in os.listdir(mounted.backups)
+    assert "refused 'backups/large.msgpack'" in mounted.events()
+    assert "it has more than 1048576 bytes" in mounted.events()
 
 
 def test_record_without_its_data_is_refused(mounted: Mounted, exported: Exported) -> None:
