@@ -62,7 +62,7 @@ class ImageTooLarge(RequestError):
 
 
 class NothingToPublish(RequestError):
-    template = "{name!r} has nothing to publish: it is a backup already, empty, or being written"
+    template = "{name!r} cannot be published: {reason}"
 
 
 class Cancelled(RequestError):

@@ -34,7 +34,14 @@ from backupfs.repository.repository import Repository
 from backupfs.staging.draft import NO_CONTENT, Content, Draft
 from backupfs.staging.events import EventLog
 from backupfs.staging.keeper import Keeper, load_staged
-from backupfs.staging.lifecycle import RENAME_FIRST, Policy, State, decide, is_rsync_temporary
+from backupfs.staging.lifecycle import (
+    RENAME_FIRST,
+    Policy,
+    State,
+    decide,
+    is_rsync_temporary,
+    why_not_published,
+)
 from backupfs.staging.publish import Publication, publish
 from backupfs.staging.staged_file import StagedFile
 from backupfs.staging.state_store import StateStore
@@ -332,7 +339,8 @@ class StagingArea:
             self._keeper.flush(staged, interrupted=False)
             record = self._decide(staged, explicit=True)
             if record is None:
-                raise NothingToPublish(name=name)
+                why = why_not_published(staged.state, staged.reason)
+                raise NothingToPublish(name=name, reason=why)
             return record
 
     def settled(self) -> list[StagedFile]:

@@ -30,13 +30,15 @@ from backupfs.errors import (
 from backupfs.format.names import check_volume_name, volume_of
 from backupfs.reports import DraftInfo
 from backupfs.repository.repository import Repository
-from backupfs.staging.lifecycle import RENAME_FIRST, State, is_temporary_path
+from backupfs.staging.lifecycle import RENAME_FIRST, State, is_temporary_path, why_not_published
 from backupfs.staging.state_store import current_holder, host_folder, load_states
 
 log = logging.getLogger(__name__)
 
 PUBLISH_ATTRIBUTE = "user.backupfs.publish"
 ID_ATTRIBUTE = "user.backupfs.id"
+STATE_ATTRIBUTE = "user.backupfs.state"
+REASON_ATTRIBUTE = "user.backupfs.reason"
 STATUS_PATH = ".backupfs/status.json"
 MOUNT_SECONDS_MAX = 10.0
 PUBLISH_SECONDS_MAX = 120.0  # also waits for other publishers
@@ -137,20 +139,31 @@ def publish_through_mount(mountpoint: str, name: str) -> str:
     except TimeoutError as error:
         raise StorageUnavailable(reason=f"{mountpoint!r}: {error}") from error
     except OSError as error:
-        raise _refusal(name, error) from error
+        raise _refusal(name, path, error) from error
 
 
-def _refusal(name: str, error: OSError) -> BackupfsError:
+def _refusal(name: str, path: Path, error: OSError) -> BackupfsError:
     """What the daemon meant by its errno."""
     if error.errno == errno.ENOENT:
         return DraftNotFound(name=name)
     if error.errno == errno.EINVAL and is_temporary_path(name):
         return InvalidName(name=name, reason=RENAME_FIRST)
     if error.errno == errno.EINVAL:
-        return NothingToPublish(name=name)
+        with contextlib.suppress(OSError):
+            state, reason = asked(_state_of, path, seconds_max=MOUNT_SECONDS_MAX)
+            return NothingToPublish(name=name, reason=why_not_published(state, reason))
     if error.errno == errno.ENOSPC:
         return StorageFull(reason=error.strerror)
     return StorageUnavailable(reason=f"the mount refused: {error.strerror} (see its events.log)")
+
+
+def _state_of(path: Path) -> tuple[str, str]:
+    """The state of a staged file, and why it is in it."""
+    state = os.getxattr(path, STATE_ATTRIBUTE).decode()
+    try:
+        return state, os.getxattr(path, REASON_ATTRIBUTE).decode()
+    except OSError:
+        return state, ""
 
 
 def _drafts_of_mount(mountpoint: str) -> list[DraftInfo]:

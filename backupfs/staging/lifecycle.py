@@ -42,6 +42,13 @@ def is_temporary_path(path: str) -> bool:
     return any(map(is_temporary, path.split("/")))
 
 
+def why_not_published(state: str, reason: str) -> str:
+    """In words for the user who said: publish; of a file that is in ``state`` for ``reason``."""
+    if state == State.PUBLISHED:
+        return "it is a backup already"
+    return "it is being written" if state == State.OPEN else reason
+
+
 def is_rsync_temporary(name: str) -> bool:
     """Whether rsync makes up names like this one."""
     return _RSYNC_NAME.fullmatch(name) is not None

@@ -83,14 +83,8 @@ def test_drafts_are_listed_and_published_by_commands(mounted: Mounted) -> None:
     [
         ("absent.img", "nothing is staged under 'absent.img' (see 'backupfs drafts')"),
         ("../x", "nothing is staged under '../x' (see 'backupfs drafts')"),
-        (
-            "web01.img",
-            "'web01.img' has nothing to publish: it is a backup already, empty, or being written",
-        ),
-        (
-            "touched.img",
-            "'touched.img' has nothing to publish: it is a backup already, empty, or being written",
-        ),
+        ("web01.img", "'web01.img' cannot be published: it is a backup already"),
+        ("touched.img", "'touched.img' cannot be published: no byte was written yet"),
         (".held", "'.held' is not a name backupfs can keep: a temporary name; rename it first"),
     ],
 )
@@ -110,6 +104,16 @@ def test_publishing_what_cannot_be_published_says_why(
     assert ended.returncode in (1, 2)
     assert ended.stderr.decode() == f"backupfs: {reason}\n"
     assert without_mount.stderr == ended.stderr
+
+
+def test_publishing_what_is_being_written_says_so(mounted: Mounted) -> None:
+    with (mounted.staging / "web01.img").open("wb") as file:
+        file.write(IMAGE)
+
+        ended = mounted.command("publish", "web01.img", check=False)
+
+    assert ended.stderr.decode().endswith("cannot be published: it is being written\n")
+    mounted.assert_backups("web01", IMAGE)
 
 
 def test_backup_by_the_command_over_that_of_the_mount_is_incremental(mounted: Mounted) -> None:
