@@ -24,7 +24,11 @@ from backupfs.errors import (
     InvalidRecord,
 )
 from backupfs.format.names import check_volume_name
-from backupfs.format.record import DESCRIPTION_SIZE_MAX, canonical_backup_id
+from backupfs.format.record import (
+    DESCRIPTION_SIZE_MAX,
+    canonical_backup_id,
+    decode_record,
+)
 from backupfs.openvolume import VolumeFile, VolumeSource, VolumeTarget
 from backupfs.service import Description, ImageSource, ImageTarget, Record, Service
 
@@ -163,12 +167,11 @@ class BackupDriver:
         expected = canonical_backup_id(str(_field(backup, "id")))
         if not isinstance(driver_info, Mapping) or driver_info.get("id", expected) != expected:
             raise InvalidRecord(reason=f"it is not the record of backup {expected}")
-        outcome = self.service.import_record(_record_bytes(driver_info))
-        if outcome.record.backup_id != expected:
-            # Only an altered ``driver_info`` comes here: its parts are of different backups.
-            if not outcome.already_there:
-                self.service.delete(outcome.record)
+        data = _record_bytes(driver_info)
+        # Before anything is taken in: an altered ``driver_info`` has parts of different backups.
+        if decode_record(data, self.service.repository.ids).backup_id != expected:
             raise InvalidRecord(reason=f"it is not the record of backup {expected}")
+        self.service.import_record(data)
 
 
 # -- with any source or target ---------------------------------------------------------------------

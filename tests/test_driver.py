@@ -869,10 +869,11 @@ def test_record_of_another_backup_is_refused(driver):
     assert [record.backup_id for record in driver.service.backups()] == [second["id"]]
 
 
-def test_record_under_the_label_of_another_backup_is_refused(driver):
-    """Parts of two exports put together: nothing appears, and what is there stays."""
+def test_record_under_the_label_of_another_backup_is_refused(driver, monkeypatch):
+    """Parts of two exports put together: nothing appears, not for a moment, and what is there stays."""
     first, second = take(driver, b"first"), take(driver, b"second")
     mixed = {**driver.export_record(second), "record": driver.export_record(first)["record"]}
+    monkeypatch.setattr(driver.service, "import_record", lambda _: pytest.fail("it was taken in"))
 
     with pytest.raises(InvalidRecord):
         driver.import_record(second, mixed)
