@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from backupfs import errors
 from backupfs.ambient import Ambient
-from backupfs.errors import BackupfsError, LockTimeout, StorageUnavailable
+from backupfs.errors import BackupfsError, LockTimeout, StorageError, StorageUnavailable
 from backupfs.reports import ImageSource, ImageTarget
 from backupfs.worker import frames
 from backupfs.worker.frames import Channel, Disconnected
@@ -58,15 +58,11 @@ class Worker:
         self._answer_at_most = self._ambient.monotonic() + lock_seconds_max + ANSWER_SECONDS_MAX
         # True from when a backup may come into being until it is known that it did not.
         self.may_have_published = False
-        ours, theirs = socket.socketpair()
         try:
-            self._process = _start(theirs)
-        except OSError as error:
-            ours.close()
+            self._process, connection = _start()
+        except OSError as error:  # no descriptor, process or memory is left
             raise StorageUnavailable(reason=f"cannot start a worker process: {error}") from error
-        finally:
-            theirs.close()
-        self._channel = Channel(ours, self._waiting)
+        self._channel = Channel(connection, self._waiting)
 
     def __enter__(self) -> Self:
         return self
@@ -162,8 +158,8 @@ class Worker:
         answer = frame.document()
         if frame.kind == frames.REFUSAL:
             error = _error_of(answer)
-            # Where the record was to be written last, this one leaves open whether it was.
-            self.may_have_published &= isinstance(error, StorageUnavailable)
+            # Of a storage that fails it is unknown whether the record was written, or taken back.
+            self.may_have_published &= isinstance(error, StorageError)
             raise error
         return answer
 
@@ -173,17 +169,25 @@ class Worker:
             raise LockTimeout(seconds=seconds, what="an answer", holder="a worker process")
 
 
-def _start(connection: socket.socket) -> subprocess.Popen[bytes]:
-    descriptor = connection.fileno()
-    # A session of its own: signals for the service's group are for the service to act on.
-    # -P: a file in the service's folder must not come before the libraries.
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", "backupfs.worker", str(descriptor)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        pass_fds=[descriptor],
-        start_new_session=True,
-    )
+def _start() -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """A worker process, and our end of the connection to it. Raises: OSError."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        descriptor = theirs.fileno()
+        try:
+            # A session of its own: signals for the service's group are for the service to act on.
+            # -P: a file in the service's folder must not come before the libraries.
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "backupfs.worker", str(descriptor)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[descriptor],
+                start_new_session=True,
+            )
+        except BaseException:
+            ours.close()
+            raise
+    return process, ours
 
 
 def _error_of(told: dict[str, Any]) -> BackupfsError:

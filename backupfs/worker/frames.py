@@ -88,27 +88,20 @@ class Channel:
 
     def send(self, frame: Frame) -> None:
         """Raises: Disconnected."""
-        head = HEADER.pack(frame.kind, frame.offset, frame.size)
-        try:
-            self._send(head)
-            if frame.payload:
-                self._send(frame.payload)
-        except (BrokenPipeError, ConnectionResetError) as error:
-            raise Disconnected from error
+        self._send(HEADER.pack(frame.kind, frame.offset, frame.size))
+        if frame.payload:
+            self._send(frame.payload)
 
     def receive(self) -> Frame:
         """Raises: Disconnected, StorageUnavailable (not what either side sends)."""
-        try:
-            kind, offset, size = HEADER.unpack(self._receive(HEADER.size))
-            if kind not in KINDS or max(offset, size) > IMAGE_SIZE_MAX:
-                raise misunderstood()
-            if kind not in WITH_PAYLOAD:
-                return Frame(kind, offset, size)
-            if size > PAYLOAD_SIZE_MAX:
-                raise StorageUnavailable(reason=f"a frame of {size} bytes between two processes")
-            return Frame(kind, offset, size, self._receive(size))
-        except ConnectionResetError as error:
-            raise Disconnected from error
+        kind, offset, size = HEADER.unpack(self._receive(HEADER.size))
+        if kind not in KINDS or max(offset, size) > IMAGE_SIZE_MAX:
+            raise misunderstood()
+        if kind not in WITH_PAYLOAD:
+            return Frame(kind, offset, size)
+        if size > PAYLOAD_SIZE_MAX:
+            raise StorageUnavailable(reason=f"a frame of {size} bytes between two processes")
+        return Frame(kind, offset, size, self._receive(size))
 
     def is_disconnected(self) -> bool:
         """Whether the other side is gone, without waiting; only when it has nothing to say."""
@@ -126,12 +119,15 @@ class Channel:
         self._connection.close()
 
     def _send(self, data: Buffer) -> None:
+        """Raises: Disconnected."""
         rest = memoryview(data)
         while rest:
             try:
                 rest = rest[self._connection.send(rest) :]
             except TimeoutError:
                 self._wait()
+            except OSError as error:
+                raise Disconnected from error
 
     def _receive(self, size: int) -> bytearray:
         """Raises: Disconnected."""
@@ -143,6 +139,8 @@ class Channel:
             except TimeoutError:
                 self._wait()
                 continue
+            except OSError as error:
+                raise Disconnected from error
             if not count:
                 raise Disconnected
             rest = rest[count:]

@@ -63,6 +63,9 @@ def _backup(driver: BackupDriver, request: dict[str, Any], channel: Channel) -> 
     backup, metadata = request["backup"], request["metadata"]
     source = _ReceivedSource(channel, str(backup["volume_id"]))
     record = take(driver.service, backup, source, metadata=metadata, cancelled=source.is_unwanted)
+    if source.is_unwanted():  # since this may have waited long for others that publish
+        driver.service.delete(record)
+        raise Cancelled(what=f"backup of {source.name!r}")
     if metadata is not None:
         _keep_metadata(driver, record, metadata)
     return _answer(record)

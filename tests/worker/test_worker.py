@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import errno
+import fcntl
 import io
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -141,10 +145,13 @@ def test_what_is_raised_before_the_end_leaves_no_backup(location):
     assert ids(location) == []
 
 
-@pytest.mark.parametrize(("error", "is_open"), [("StorageUnavailable", True), ("Busy", False)])
+@pytest.mark.parametrize(
+    ("error", "is_open"),
+    [("StorageUnavailable", True), ("StorageReadOnly", True), ("Busy", False)],
+)
 def test_only_a_failing_storage_leaves_open_whether_there_is_a_backup(location, error, is_open):
     """A record whose acknowledgement was lost may be there: who made it must take it back."""
-    fields = {"reason": "lost"} if error == "StorageUnavailable" else {"what": "x", "holder": "y"}
+    fields = {"what": "x", "holder": "y"} if error == "Busy" else {"reason": "lost"}
     told = {"error": error, "fields": fields, "text": "lost"}
     with Worker(location, lock_seconds_max=5) as worker:
         worker.may_have_published = True
@@ -183,39 +190,116 @@ def test_answer_is_waited_for_within_bounds(location, monkeypatch):
 
 def test_worker_whose_client_is_killed_publishes_nothing(location):
     """The client dies after all data were sent, before it said that they were all."""
-    script = """
-import io, os, signal, sys, time
-from backupfs.openvolume import VolumeSource
-from backupfs.worker.client import Worker
+    worker = left_by_a_killed_client(
+        location,
+        """
 worker = Worker(sys.argv[1], lock_seconds_max=5)
+worker.backup(backup, source, metadata=None, before_end=lambda: die(worker))
+""",
+    )
+
+    wait_for_end(worker)
+    assert ids(location) == []
+
+
+def test_worker_whose_client_is_killed_while_it_waits_to_publish_publishes_nothing(location):
+    """The client dies when it waits for the answer, and the worker for another that publishes."""
+    path = Path(location) / "locks" / "publish"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        worker = left_by_a_killed_client(
+            location,
+            """
+is_asked = False
+def ask():
+    global is_asked
+    is_asked = True
+worker = Worker(sys.argv[1], lock_seconds_max=60, waiting=lambda: is_asked and die(worker))
+worker.backup(backup, source, metadata={"of": "it"}, before_end=ask)
+""",
+        )
+
+    wait_for_end(worker)
+    assert ids(location) == []
+    with Service.open(location) as service:
+        assert service.get_metadata("volume") == {}
+
+
+def test_worker_whose_client_is_killed_while_it_restores_ends(location):
+    backup = take(location, noise(8 * MIB, seed=5))
+    worker = left_by_a_killed_client(
+        location,
+        f"""
+class Target(io.BytesIO):
+    def write(self, data):
+        die(worker)
+worker = Worker(sys.argv[1], lock_seconds_max=5)
+worker.restore({backup!r}, VolumeTarget(Target(), "volume"))
+""",
+    )
+
+    wait_for_end(worker)
+
+
+def left_by_a_killed_client(location: str, act: str) -> int:
+    """The worker of a client that does ``act`` and kills itself there by ``die(worker)``."""
+    script = f"""
+import io, os, signal, sys
+from backupfs.openvolume import VolumeSource, VolumeTarget
+from backupfs.worker.client import Worker
 source = VolumeSource(io.BytesIO(os.urandom(3 << 20)), "volume")
-def die():
+backup = {new_backup()!r}
+def die(worker):
     print(worker._process.pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
-backup = {"id": "0b0e4f2c-0000-4000-8000-000000000001", "volume_id": "volume"}
-worker.backup(backup, source, metadata=None, before_end=die)
+{act}
 """
     result = subprocess.run(
         [sys.executable, "-c", script, location], stdout=subprocess.PIPE, timeout=60, check=False
     )
-
     assert result.returncode == -signal.SIGKILL
-    wait_for_end(int(result.stdout))
-    assert ids(location) == []
+    return int(result.stdout)
 
 
 def wait_for_end(process: int) -> None:
-    descriptor = None
     try:
         descriptor = os.pidfd_open(process)
     except ProcessLookupError:
         return
-    import select
-
     try:
         assert select.select([descriptor], [], [], 30)[0], "the worker did not end"
     finally:
         os.close(descriptor)
+
+
+@pytest.mark.parametrize("call", ["socket.socketpair", "subprocess.Popen"])
+def test_worker_that_cannot_be_started_is_an_error_and_leaves_no_descriptor(
+    location, monkeypatch, call
+):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    before = sorted(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(f"backupfs.worker.client.{call}", refuse)
+
+    with pytest.raises(StorageUnavailable, match="too many open files"):
+        Worker(location, lock_seconds_max=5)
+
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_error_of_who_looks_while_it_waits_is_not_taken_for_the_workers_end(location):
+    """Whether an operation is wanted is asked of a database, whose connection may be reset."""
+
+    def look() -> None:
+        raise ConnectionResetError("the database is gone")
+
+    with Worker(location, lock_seconds_max=5, waiting=look) as worker:
+        os.kill(worker._process.pid, signal.SIGSTOP)
+        with pytest.raises(ConnectionResetError, match="database"):
+            worker.ask("check")
+        os.kill(worker._process.pid, signal.SIGCONT)
 
 
 def test_signals_for_the_service_do_not_end_its_worker(location):
