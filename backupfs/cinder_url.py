@@ -14,7 +14,7 @@ import sys
 import uuid
 from typing import Any
 
-from backupfs.driver import BackupDriver
+from backupfs.driver import ENCRYPTION_KEY_ID, BackupDriver
 from backupfs.errors import BackupfsError
 from backupfs.service import Record
 from backupfs.types import ceil_div
@@ -22,7 +22,9 @@ from backupfs.types import ceil_div
 DRIVER_NAME = "backupfs.cinder.BackupfsBackupDriver"
 # What Cinder itself says of a volume that it does not know.
 UNKNOWN_VOLUME_ID = "00000000-0000-0000-0000-000000000000"
-NAME_SIZE_MAX = 255
+# Characters that Cinder's columns hold; a longer text fails the whole import there.
+TEXT_SIZE_MAX = 255
+SNAPSHOT_ID_SIZE_MAX = 36
 GIB = 1 << 30
 
 
@@ -41,17 +43,21 @@ def _fields(record: Record, volume_id: str) -> dict[str, Any]:
         "id": record.backup_id,
         "volume_id": volume_id,
         "parent_id": record.parent_id,
-        "display_name": (description.display_name or record.volume)[:NAME_SIZE_MAX],
-        "display_description": description.display_description,
-        "container": description.container,
-        "snapshot_id": description.snapshot_id,
+        "display_name": _cut(description.display_name or record.volume),
+        "display_description": _cut(description.display_description),
+        "container": _cut(description.container),
+        "snapshot_id": _cut(description.snapshot_id, SNAPSHOT_ID_SIZE_MAX),
         # Cinder counts in GiB, and gives a volume to restore to of this size.
         "size": max(1, ceil_div(record.size, GIB)),
-        "service_metadata": f"volumes/{record.volume}/{record.name}"[:NAME_SIZE_MAX],
+        "service_metadata": _cut(f"volumes/{record.volume}/{record.name}"),
         "object_count": 0,
         "data_timestamp": record.data_timestamp.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "encryption_key_id": None,
+        "encryption_key_id": (record.metadata or {}).get(ENCRYPTION_KEY_ID),
     }
+
+
+def _cut(text: str | None, size_max: int = TEXT_SIZE_MAX) -> str | None:
+    return None if text is None else text[:size_max]
 
 
 def _volume_id(volume: str) -> str:

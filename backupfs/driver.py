@@ -36,6 +36,9 @@ from backupfs.service import Description, ImageSource, ImageTarget, Record, Serv
 METADATA_VERSION = 2
 METADATA_VERSIONS = (1, 2)
 
+# Where a backup of an encrypted volume keeps, beside the volume's metadata, which key is its own.
+ENCRYPTION_KEY_ID = "backup-encryption-key-id"
+
 # The key of an exported record that ``import_record`` reads; all others are for people.
 RECORD_KEY = "record"
 
@@ -186,10 +189,15 @@ def take(
     metadata: dict[str, Any] | None = None,
     cancelled: Callable[[], bool] = never,
 ) -> Record:
-    """Make ``backup`` from ``source``; ``metadata``, if given, go into it in place of those kept.
+    """Make ``backup`` from ``source``; ``metadata``, if given, go into it in place of those kept,
+    with the id of the key of an encrypted volume's backup.
 
     Raises: what ``BackupDriver.backup`` does; Cancelled.
     """
+    key_id = _field(backup, "encryption_key_id")
+    if metadata is not None and key_id:
+        # Cinder makes a key for each backup and has its id in its database alone.
+        metadata = {**metadata, ENCRYPTION_KEY_ID: str(key_id)}
     return service.backup(
         source,
         volume=_volume_name(_field(backup, "volume_id")),

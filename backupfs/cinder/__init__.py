@@ -56,6 +56,7 @@ BACKUP_FIELDS = (
     "container",
     "snapshot_id",
     "service",
+    "encryption_key_id",
 )
 
 # The keys of which Cinder's ``get_metadata`` writes at least one.

@@ -10,7 +10,7 @@ from cinder import exception
 
 from backupfs import errors
 
-# Cinder keeps the message of a failed backup in a column of 255 characters, and cuts nothing.
+# Cinder keeps the first 255 characters of why a backup failed; the reason is often at the end.
 MESSAGE_SIZE_MAX = 255
 
 # About the backup that was asked for, or about the repository or the volume.

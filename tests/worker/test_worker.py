@@ -384,19 +384,36 @@ def test_disconnection_is_seen_without_waiting(ends):
 # -- a record for Cinder ---------------------------------------------------------------------------
 
 
-def test_record_becomes_what_cinder_imports(location, tmp_path):
-    import base64
+def told_of(location: str, backup: dict[str, object], *words: str) -> dict[str, object]:
+    """The fields in what Cinder is to import."""
+    command = [sys.executable, "-m", "backupfs.cinder_url", location, str(backup["id"]), *words]
+    told = json.loads(subprocess.check_output(command, text=True, timeout=60))
+    assert told["backup_service"] == "backupfs.cinder.BackupfsBackupDriver"
+    return json.loads(base64.b64decode(told["backup_url"]))
 
-    source = Path(tmp_path) / "image"
-    source.write_bytes(IMAGE)
+
+def test_record_becomes_what_cinder_imports(location):
     backup = take(location, display_name="nightly")
-    command = [sys.executable, "-m", "backupfs.cinder_url", location, str(backup["id"])]
 
-    told = json.loads(subprocess.check_output(command, text=True))
+    fields = told_of(location, backup)
 
-    fields = json.loads(base64.b64decode(told["backup_url"]))
     needed = {"display_name", "display_description", "container", "size", "service_metadata"}
     assert needed | {"object_count", "id", "driver_info"} <= set(fields)
     assert (fields["id"], fields["size"]) == (backup["id"], 1)
     assert fields["volume_id"] == "00000000-0000-0000-0000-000000000000"
     assert fields["driver_info"]["id"] == backup["id"]
+    assert told_of(location, backup, "--volume-id", "of-cinder")["volume_id"] == "of-cinder"
+
+
+def test_texts_are_cut_to_what_cinders_database_holds(location):
+    long = dict.fromkeys(
+        ["display_name", "display_description", "container", "snapshot_id"], "é" * 999
+    )
+    backup = take(location, volume_id="/".join(["folder" * 30] * 3), **long)
+
+    fields = told_of(location, backup)
+
+    texts = {name: value for name, value in fields.items() if isinstance(value, str)}
+    assert max(len(value) for value in texts.values()) == 255
+    assert len(texts["snapshot_id"]) == 36
+    assert len(texts["service_metadata"]) == 255
