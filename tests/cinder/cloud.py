@@ -12,13 +12,11 @@ import contextlib
 import fcntl
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,11 +32,11 @@ from cinder.db.api import main_context_manager
 from cinder.objects import fields
 from oslo_config import cfg
 from oslo_db.sqlalchemy import enginefacade
+from stand_ins import GIB
 
 from backupfs.cinder.options import backupfs_opts
 
 CONF = cfg.CONF
-MIB = 1 << 20
 DRIVER = "backupfs.cinder.BackupfsBackupDriver"
 HOST = "testhost"
 PROJECT = str(uuid.uuid4())
@@ -68,17 +66,25 @@ def set_up_once() -> None:
 
 
 class Cloud:
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything in ``folder``. Another process can be a second service of the same ``database``."""
+
+    def __init__(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, *, database: Path | None = None
+    ) -> None:
         set_up_once()
         self.folder = folder
         self.repository = str(folder / "repository")
-        self.run("init", self.repository)
+        if database is None:
+            self.run("init", self.repository)
         CONF.set_override("state_path", str(folder))
         CONF.set_override("lock_path", str(folder / "locks"), group="oslo_concurrency")
         CONF.set_override("backup_driver", DRIVER)
         CONF.set_override("backup_backupfs_repository", self.repository)
         self._forget_database: Callable[[], object] = lambda: None
-        self.new_database()
+        if database is None:
+            self.new_database()
+        else:
+            self._use_database(database)
         self._stand_in(monkeypatch)
         self.context = context.RequestContext(
             USER, PROJECT, is_admin=True, auth_token="token", roles=["admin"]
@@ -93,13 +99,17 @@ class Cloud:
 
     def new_database(self) -> None:
         """An empty one, as after a loss."""
-        self._forget_database()
-        facade = enginefacade.transaction_context()
-        path = self.folder / f"cinder-{uuid.uuid4()}.sqlite"
-        facade.configure(connection=f"sqlite:///{path}", sqlite_fk=False)
+        facade = self._use_database(self.folder / f"cinder-{uuid.uuid4()}.sqlite")
         models.BASE.metadata.create_all(facade.writer.get_engine())
-        self._forget_database = main_context_manager.patch_factory(facade)
         db.volume_type_create(context.get_admin_context(), {"name": "__DEFAULT__"})
+
+    def _use_database(self, path: Path) -> Any:
+        self._forget_database()
+        self.database = path
+        facade = enginefacade.transaction_context()
+        facade.configure(connection=f"sqlite:///{path}", sqlite_fk=False)
+        self._forget_database = main_context_manager.patch_factory(facade)
+        return facade
 
     def new_manager(self) -> manager.BackupManager:
         made = manager.BackupManager(host=HOST)
@@ -130,7 +140,7 @@ class Cloud:
         """A volume that holds ``image``."""
         volume = objects.Volume(
             context=self.context,
-            size=max(1, -(-len(image) // (1 << 30))),
+            size=max(1, -(-len(image) // GIB)),
             host=HOST,
             user_id=USER,
             project_id=PROJECT,
@@ -177,12 +187,18 @@ class Cloud:
         backup.save()
         return backup
 
-    def make(self, backup: Any, volume: Any) -> Any:
+    def make(
+        self, backup: Any, volume: Any, *, snapshot: Any = None, is_by_api: bool = False
+    ) -> Any:
         """Run the manager's two halves of making a backup; the backup as the database has it."""
-        db.volume_update(self.context, volume.id, {"status": "backing-up"})
+        if not is_by_api:  # which has done that
+            db.volume_update(self.context, volume.id, {"status": "backing-up"})
         self.manager.create_backup(self.context, backup)
         device = objects.BackupDeviceInfo()
-        device.volume = objects.Volume.get_by_id(self.context, volume.id)
+        if snapshot is None:
+            device.volume = objects.Volume.get_by_id(self.context, volume.id)
+        else:
+            device.snapshot = snapshot
         device.secure_enabled = True
         self.manager.continue_backup(self.context, backup, device)
         return self.reread(backup)
@@ -263,9 +279,9 @@ class Cloud:
         return content
 
     @contextlib.contextmanager
-    def holding_the_publish_lock(self) -> Iterator[None]:
-        """As if another process were publishing, for long."""
-        path = Path(self.repository) / "locks" / "publish"
+    def holding_lock(self, name: str) -> Iterator[None]:
+        """As if another process published, or collected garbage, for long."""
+        path = Path(self.repository) / "locks" / name
         path.parent.mkdir(exist_ok=True)
         with path.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -279,6 +295,11 @@ class Cloud:
         thread = threading.Thread(target=act)
         thread.start()
         return thread
+
+    def record_of(self, selector: str) -> dict[str, str]:
+        """What Cinder imports of a backup that it does not know, as backupfs.cinder_url tells."""
+        command = [sys.executable, "-m", "backupfs.cinder_url", self.repository, selector]
+        return json.loads(subprocess.check_output(command, text=True, timeout=60))
 
     def as_record(self, told: dict[str, Any]) -> dict[str, str]:
         """What an export would have given that said ``told``."""
@@ -294,89 +315,3 @@ class Cloud:
             for path in (repository / folder).rglob("*")
             if path.is_file() and path.name != "reserve"
         )
-
-
-# -- images, and files that behave in their own way --------------------------------------------------
-
-
-def image(size: int, *, seed: int = 0, holes: bool = True) -> bytes:
-    """Data that do not compress, with a hole in the middle and one at the end."""
-    data = bytearray(random.Random(seed).randbytes(size))
-    if holes:
-        data[size // 4 : size // 2] = bytes(size // 2 - size // 4)
-        data[-size // 8 :] = bytes(size - (size - size // 8))
-    return bytes(data)
-
-
-class Wrapper:
-    """A volume as libraries of storage systems give it: no descriptor, ``write`` says nothing."""
-
-    def __init__(self, path: Path, *, read_size_max: int = 1 << 30) -> None:
-        self._file = path.open("r+b")
-        self._read_size_max = read_size_max
-        self.on_read: Callable[[int], None] = lambda _offset: None
-        self.on_write: Callable[[int], None] = lambda _offset: None
-
-    def read(self, size: int) -> bytes:
-        self.on_read(self._file.tell())
-        return self._file.read(min(size, self._read_size_max))
-
-    def write(self, data: bytes) -> None:
-        assert type(data) is bytes
-        self.on_write(self._file.tell())
-        self._file.write(data)
-
-    def seek(self, offset: int, whence: int = 0) -> None:
-        self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def fileno(self) -> int:
-        raise OSError("fileno() not supported by a wrapper")
-
-
-@contextlib.contextmanager
-def heartbeat(interval: float = 0.05) -> Iterator[list[float]]:
-    """A thread that beats as services do; the pauses between its beats, in seconds."""
-    pauses: list[float] = []
-    stop = threading.Event()
-
-    def beat() -> None:
-        last = time.monotonic()
-        while not stop.is_set():
-            time.sleep(interval)
-            now = time.monotonic()
-            pauses.append(now - last)
-            last = now
-
-    thread = threading.Thread(target=beat)
-    thread.start()
-    try:
-        yield pauses
-    finally:
-        stop.set()
-        thread.join()
-
-
-def eventually(condition: Callable[[], bool], *, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come true in time"
-        time.sleep(0.05)
-
-
-def workers_alive() -> list[int]:
-    """Worker processes that this process has started and that have not ended."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                if parent == os.getpid() and b"backupfs.worker" in words:
-                    found.append(int(entry.name))
-    return found

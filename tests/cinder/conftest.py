@@ -26,6 +26,11 @@ if MODE:
     from cinder import objects
 
     objects.register_all()
+
+    if MODE == "eventlet":
+        from eventlet import tpool
+
+        tpool.setup()  # or the first test would be told that it left eventlet's own sockets open
 else:
     collect_ignore_glob = ["test_*.py"]
 
@@ -38,9 +43,14 @@ def pytest_report_header() -> str:
 
 @pytest.fixture
 def cloud(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    """Cinder's database, backup manager and a repository, all new."""
+    """Cinder's database, backup manager and a repository, all new; no test leaves a worker behind,
+    or a connection to one."""
     from cloud import Cloud
+    from stand_ins import processes_left, sockets_open
 
+    before = sockets_open()
     made = Cloud(scratch, monkeypatch)
     yield made
+    left_behind = processes_left(), sockets_open() - before
     made.close()
+    assert left_behind == ({}, set())

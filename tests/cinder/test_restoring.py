@@ -1,12 +1,7 @@
-"""Restoring, deleting, exporting and importing through Cinder's manager."""
+"""Restoring and deleting through Cinder's manager."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -14,7 +9,7 @@ import pytest
 from cinder import exception, objects
 from cinder.db import api as db
 from cinder.objects import fields
-from cloud import DRIVER, MIB, Wrapper, eventually, heartbeat, image, workers_alive
+from stand_ins import MIB, Pulse, Wrapper, image, workers_alive
 
 from backupfs.cinder import BackupfsBackupDriver
 
@@ -35,7 +30,6 @@ def test_restore_to_the_source_volume_writes_every_byte_zeros_too(cloud):
     assert cloud.path(volume.id).read_bytes() == data
     assert volume_of(cloud, volume).status == "available"
     assert cloud.reread(backup).status == fields.BackupStatus.AVAILABLE
-    assert workers_alive() == []
 
 
 def test_restore_to_a_new_volume_leaves_holes_out(cloud):
@@ -116,7 +110,6 @@ def test_cancelled_restore_stops(cloud, monkeypatch):
     assert max(written) < 13 * MIB
     assert volume_of(cloud, volume).status == "error"
     assert cloud.reread(backup).status == fields.BackupStatus.AVAILABLE
-    assert workers_alive() == []
     assert cloud.content(backup) == data
 
 
@@ -158,6 +151,28 @@ def test_damage_fails_the_restore_and_says_so(cloud):
         cloud.restore(backup, cloud.volume(b""), is_new=True)
 
 
+def test_killed_worker_is_a_failed_restore(cloud):
+    data = image(30 * MIB, holes=False)
+    volume = cloud.volume(data)
+    backup = cloud.back_up(volume)
+    wrapper = Wrapper(cloud.path(volume.id))
+
+    def kill(offset: int) -> None:
+        if offset == 4 * MIB:
+            cloud.kill(workers_alive())
+
+    wrapper.on_write = kill
+    cloud.attach_as(volume, wrapper)
+
+    with pytest.raises(exception.BackupDriverException, match="worker process ended"):
+        cloud.restore(backup, volume, is_new=False)
+
+    assert volume_of(cloud, volume).status == "error_restoring"
+    wrapper.on_write = lambda _offset: None
+    cloud.restore(cloud.reread(backup), volume, is_new=False)
+    assert cloud.path(volume.id).read_bytes() == data
+
+
 def test_restore_of_what_is_not_there_fails(cloud):
     volume = cloud.volume(image(MIB))
     backup = cloud.back_up(volume)
@@ -172,11 +187,32 @@ def test_service_stays_alive_during_a_restore(cloud):
     volume = cloud.volume(data)
     backup = cloud.back_up(volume)
 
-    with heartbeat() as pauses:
+    with Pulse() as pulse:
         cloud.restore(backup, volume, is_new=False)
 
-    assert max(pauses) < 2
+    assert not pulse.was_kept_waiting()
     assert cloud.path(volume.id).read_bytes() == data
+
+
+def test_restore_and_backup_at_once(cloud):
+    data = image(20 * MIB)
+    volume = cloud.volume(data)
+    backup = cloud.back_up(volume)
+    other = cloud.volume(image(20 * MIB, seed=3))
+    target = cloud.volume(b"")
+    made = cloud.new_backup(other)
+
+    threads = [
+        threading.Thread(target=cloud.restore, args=(backup, target), kwargs={"is_new": True}),
+        threading.Thread(target=cloud.make, args=(made, other)),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+
+    assert cloud.path(target.id).read_bytes() == data
+    assert cloud.reread(made).status == fields.BackupStatus.AVAILABLE
 
 
 # -- deleting --------------------------------------------------------------------------------------
@@ -221,142 +257,3 @@ def test_deletion_without_a_repository_is_an_error_cinder_understands(cloud):
         cloud.delete(backup)
 
     assert len(cloud.reread(backup).fail_reason) <= 255
-
-
-# -- export and import -----------------------------------------------------------------------------
-
-
-def test_backups_are_imported_into_an_empty_database_children_first(cloud):
-    data = image(4 * MIB)
-    volume = cloud.volume(data, metadata={"purpose": "database"})
-    parent = cloud.back_up(volume)
-    child = cloud.back_up(volume, parent_id=parent.id)
-    records = [cloud.export(child), cloud.export(parent)]
-    cloud.new_database()
-    cloud.run("delete", cloud.repository, parent.id, child.id)
-
-    imported = [cloud.import_(record) for record in records]
-
-    assert [backup.id for backup in imported] == [child.id, parent.id]
-    assert [backup.status for backup in imported] == ["available"] * 2
-    assert (imported[0].parent_id, imported[0].volume_id) == (parent.id, volume.id)
-    assert imported[0].display_name == "nightly"
-    target = cloud.volume(b"")
-    cloud.restore(imported[0], target, is_new=True)
-    assert cloud.path(target.id).read_bytes() == data
-    assert db.volume_metadata_get(cloud.context, target.id)["purpose"] == "database"
-
-
-def test_damaged_record_is_refused(cloud):
-    backup = cloud.back_up(cloud.volume(image(MIB)))
-    record = cloud.export(backup)
-    told = objects.Backup.decode_record(record["backup_url"])
-    info = told["driver_info"]["record"]
-    told["driver_info"]["record"] = info[:100] + ("A" if info[100] != "A" else "B") + info[101:]
-    cloud.new_database()
-    cloud.run("delete", cloud.repository, backup.id)
-
-    with pytest.raises(exception.InvalidBackup):
-        cloud.import_(cloud.as_record(told))
-
-    assert cloud.stored() == []
-
-
-@pytest.mark.parametrize("info", [{}, None, [], {"record": 5}, {"record": "%%%"}])
-def test_nonsense_is_refused(cloud, info):
-    backup = cloud.new_backup(cloud.volume(b""))
-
-    with pytest.raises(exception.InvalidBackup):
-        BackupfsBackupDriver(cloud.context).import_record(backup, info)
-
-
-def test_record_whose_data_are_gone_is_refused(cloud):
-    backup = cloud.back_up(cloud.volume(image(MIB)))
-    record = cloud.export(backup)
-    cloud.delete(backup)
-    cloud.run("gc", cloud.repository)
-    cloud.new_database()
-
-    with pytest.raises(exception.InvalidBackup, match="data of backup"):
-        cloud.import_(record)
-
-
-def test_exported_record_is_text(cloud):
-    backup = cloud.back_up(cloud.volume(image(MIB)))
-
-    info = BackupfsBackupDriver(cloud.context).export_record(backup)
-
-    assert json.loads(json.dumps(info)) == info
-    assert info["id"] == backup.id
-
-
-def test_backup_made_without_cinder_is_imported_from_its_record(cloud, tmp_path):
-    data = image(3 * MIB)
-    source = tmp_path / "web01.img"
-    source.write_bytes(data)
-    cloud.run("backup", cloud.repository, str(source))
-    (stored,) = cloud.stored()
-    command = [sys.executable, "-m", "backupfs.cinder_url", cloud.repository, "web01@latest"]
-    told = json.loads(subprocess.check_output(command, text=True))
-
-    assert told["backup_service"] == DRIVER
-    backup = cloud.import_(told)
-
-    assert (backup.id, backup.display_name, backup.size) == (stored["id"], "web01", 1)
-    target = cloud.volume(b"")
-    cloud.restore(backup, target, is_new=True)
-    assert cloud.path(target.id).read_bytes() == data
-    cloud.delete(backup)
-    assert cloud.stored() == []
-
-
-@pytest.mark.skipif(
-    not Path("/dev/fuse").exists() or importlib.util.find_spec("pyfuse3") is None,
-    reason="a mount needs /dev/fuse and pyfuse3",
-)
-def test_backup_is_seen_in_a_mount_with_its_name(cloud, tmp_path):
-    data = image(3 * MIB)
-    volume = cloud.volume(data)
-    mountpoint = tmp_path / "mount"
-    mountpoint.mkdir()
-    cloud.run("mount", cloud.repository, str(mountpoint))
-    try:
-        backup = cloud.back_up(volume)
-        path = mountpoint / backup.service_metadata
-        eventually(path.exists, seconds=4)
-
-        assert path.read_bytes() == data
-        assert os.getxattr(path, "user.backupfs.display_name") == b"nightly"
-        assert os.getxattr(path, "user.backupfs.id") == backup.id.encode()
-        kept = json.loads((path.parent / "metadata.json").read_text())
-        assert kept["volume-base-metadata"]["display_name"] == "a volume"
-
-        (mountpoint / "staging" / "web02.img").write_bytes(data)
-        command = [sys.executable, "-m", "backupfs.cinder_url", cloud.repository, "web02@latest"]
-        imported = cloud.import_(json.loads(subprocess.check_output(command, text=True)))
-        target = cloud.volume(b"")
-        cloud.restore(imported, target, is_new=True)
-        assert cloud.path(target.id).read_bytes() == data
-    finally:
-        cloud.run("unmount", str(mountpoint))
-
-
-def test_restore_and_backup_at_once(cloud):
-    data = image(20 * MIB)
-    volume = cloud.volume(data)
-    backup = cloud.back_up(volume)
-    other = cloud.volume(image(20 * MIB, seed=3))
-    target = cloud.volume(b"")
-    made = cloud.new_backup(other)
-
-    threads = [
-        threading.Thread(target=cloud.restore, args=(backup, target), kwargs={"is_new": True}),
-        threading.Thread(target=cloud.make, args=(made, other)),
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-
-    assert cloud.path(target.id).read_bytes() == data
-    assert cloud.reread(made).status == fields.BackupStatus.AVAILABLE
