@@ -190,8 +190,10 @@ class FileRequests(Requests):
 
     def _opened_to_write(self, writer: StagedWriter, flags: int) -> FileInfo:
         write_only = flags & os.O_ACCMODE == os.O_WRONLY
-        # Its temporary files rsync opens to read as well; a write-only one it writes in place.
-        writer.handle.sets_size_last = write_only and writer.opener.name == b"rsync"
+        # So rsync opens what it writes in place: its temporary files it opens to read as well, and
+        # what it copies, from a temporary folder of another file system say, empty and exclusively.
+        in_place = write_only and not flags & (os.O_TRUNC | os.O_EXCL)
+        writer.handle.sets_size_last = in_place and writer.opener.name == b"rsync"
         # direct_io takes 1 MiB at a time; who may mmap for writing needs the page cache.
         return self._opened(writer, direct=write_only)
 

@@ -103,16 +103,28 @@ def test_rsync_that_appends_to_a_head_makes_the_next_backup(mounted: Mounted) ->
     mounted.assert_backups("web01", IMAGE[: 3 * MIB], IMAGE)
 
 
-def test_rsync_with_a_folder_for_its_temporary_files(mounted: Mounted) -> None:
-    """Their names there look like those of images, as they have no dot before them."""
-    (mounted.staging / ".tmp").mkdir()
+@pytest.mark.parametrize("is_in_staging", [True, False], ids=["there", "elsewhere"])
+def test_rsync_with_a_folder_for_its_temporary_files(mounted: Mounted, is_in_staging: bool) -> None:
+    """From another file system it cannot rename: it copies, and does not set the size then."""
+    temporary = (mounted.staging if is_in_staging else mounted.folder) / ".tmp"
+    temporary.mkdir()
     target = mounted.staging / "web01.img"
-    words = ("rsync", "-t", f"--temp-dir={mounted.staging / '.tmp'}")
+    words = ("rsync", "-t", f"--temp-dir={temporary}")
 
     run(*words, made_older(mounted.image(IMAGE), 0), target)
     run(*words, made_older(mounted.image(CHANGED), 1), target)
 
     mounted.assert_backups("web01", IMAGE, CHANGED)
+
+
+def test_rsync_in_place_that_keeps_the_replaced_image(mounted: Mounted) -> None:
+    target = mounted.staging / "web01.img"
+    run("cp", mounted.image(IMAGE), target)
+
+    run("rsync", "-b", "-I", "--inplace", mounted.image(CHANGED), target)
+
+    mounted.assert_backups("web01", IMAGE, CHANGED)
+    mounted.assert_backups("web01.img~", IMAGE)
 
 
 @pytest.mark.parametrize("words", [["-S"], ["-S", "--inplace"], ["-S", "--preallocate"]])
