@@ -234,6 +234,8 @@ def _run_detached(location: str, target: Path, options: MountOptions, report: in
         _send_report(report, f"{error.filename or 'the daemon'}: {reason}".encode())
     except BaseException as error:  # the last place that can say what happened
         log.exception("the daemon ends")
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]  # what went wrong, not where in the event loop
         _send_report(report, f"{type(error).__name__}: {error}".encode())
     finally:
         logging.shutdown()

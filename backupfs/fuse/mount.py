@@ -208,7 +208,8 @@ def mount_device(mountpoint: Path) -> str | None:
     """The device number, "major:minor", of a mount of ours; None where there is none."""
     found = None
     wanted = str(mountpoint)
-    for line in MOUNTINFO.read_text(errors="surrogateescape").splitlines():
+    # Only newlines end lines: the place of anybody's mount may hold whatever else splits them.
+    for line in os.fsdecode(MOUNTINFO.read_bytes()).rstrip("\n").split("\n"):
         fields = line.split(" ")
         kind = fields[fields.index("-") + 1]
         if kind == FS_TYPE and _unescaped(fields[4]) == wanted:

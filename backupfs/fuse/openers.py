@@ -75,7 +75,7 @@ def _is_open_for_writing(path: Path, inode: int) -> bool:
 
 def _fields(path: Path) -> dict[bytes, bytes]:
     """A file of lines "name: value". Raises: OSError."""
-    lines = (line.partition(b":") for line in path.read_bytes().splitlines())
+    lines = (line.partition(b":") for line in path.read_bytes().split(b"\n"))
     return {name: value.strip() for name, _, value in lines}
 
 

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import select
 import shutil
 import signal
@@ -354,9 +355,9 @@ def _is_backupfs(process_id: int) -> bool:
 def mounts_below(folder: Path) -> list[Path]:
     """FUSE mounts in a folder, the innermost first."""
     found = []
-    for line in MOUNTINFO.read_text(errors="surrogateescape").splitlines():
+    for line in os.fsdecode(MOUNTINFO.read_bytes()).rstrip("\n").split("\n"):
         fields = line.split(" ")
-        path = Path(fields[4].encode().decode("unicode_escape"))
+        path = Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), fields[4]))
         if fields[fields.index("-") + 1].startswith("fuse") and path.is_relative_to(folder):
             found.append(path)
     return found[::-1]

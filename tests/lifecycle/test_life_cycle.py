@@ -196,6 +196,19 @@ def test_mount_without_a_place_for_the_index_says_so(site: Site) -> None:
     assert "XDG_CACHE_HOME" in ended.stderr
 
 
+def test_mount_at_and_beside_an_odd_place(mounted: Site) -> None:
+    """The kernel's table of mounts escapes blanks, tabs, newlines and backslashes, and no more."""
+    odd = mounted.folder / "a b\t\n\\040\r\x0c\x1c\x85\u2028\udcff"
+    odd.mkdir()
+
+    mounted.mount("ro", path=odd)
+    mounted.remount()
+
+    assert mounted.is_mounted(odd)
+    mounted.unmount(path=odd)
+    assert not mounted.is_mounted(odd)
+
+
 def test_unknown_option_is_wrong_usage(site: Site) -> None:
     ended = site.try_mount("settle=5,colour=blue")
 
@@ -447,7 +460,8 @@ def test_daemon_that_does_not_answer_is_waited_for_a_while_only(
         os.kill(process, signal.SIGCONT)
 
     assert mounted.daemon() == process
-    mounted.unmount()
+    # Who asked may yet have something open, for a moment.
+    assert becomes(lambda: mounted.try_unmount().returncode == 0, seconds=20)
 
 
 # -- logs --------------------------------------------------------------------------------------

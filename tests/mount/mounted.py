@@ -297,8 +297,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def mounts_below(folder: Path) -> list[Path]:
     """What is mounted at ``folder`` or below it."""
-    lines = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
-    places = [Path(line.split(" ")[4]) for line in lines]
+    lines = os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n")
+    places = [Path(line.split(" ")[4]) for line in lines if line]
     return [place for place in places if place.is_relative_to(folder)]
 
 

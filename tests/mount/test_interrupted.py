@@ -303,7 +303,7 @@ def test_python_that_handles_its_interrupt_is_told_by_the_size_alone(
 class SlowRsync:
     """An rsync of a large file that is slowed down, so that it can be killed half-way."""
 
-    SIZE = 24 * MIB
+    SIZE = 48 * MIB  # 12 seconds of it
 
     def __init__(self, mounted: Mounted, *words: str) -> None:
         self.mounted = mounted
