@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import select
 import shutil
 import signal
@@ -297,9 +298,15 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def mounts_below(folder: Path) -> list[Path]:
     """What is mounted at ``folder`` or below it."""
-    lines = os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n")
-    places = [Path(line.split(" ")[4]) for line in lines if line]
+    lines = Path("/proc/self/mountinfo").read_bytes().split(b"\n")
+    places = [mountpoint_in(line) for line in lines if line]
     return [place for place in places if place.is_relative_to(folder)]
+
+
+def mountpoint_in(line: bytes) -> Path:
+    """The mountpoint that a line of mountinfo is about."""
+    escaped = line.split(b" ")[4]
+    return Path(os.fsdecode(re.sub(rb"\\(\d{3})", lambda code: bytes([int(code[1], 8)]), escaped)))
 
 
 def _umount_words(path: Path, *, lazy: bool = False) -> Sequence[str]:

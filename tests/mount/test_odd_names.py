@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
-from mounted import MIB, Mounted, assert_same, needs, random_bytes, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lifecycle.command_server import CommandServer
+from mounted import MIB, Mounted, assert_same, mounted_repository, needs, random_bytes, run
+from support.hostile import TRAPS
 
 IMAGE = random_bytes(MIB)
 
@@ -150,3 +155,69 @@ def test_commands_take_odd_names(mounted: Mounted) -> None:
 
     assert shown["volume"] == volume
     assert_same(out, IMAGE)
+
+
+@pytest.mark.parametrize("name", [b"no \xff utf-8", "a\u2028b\x0bc\td\ne\\040f=h".encode()])
+def test_folders_of_any_bytes_can_hold_repository_and_mount(
+    work: Path, commands: CommandServer, name: bytes
+) -> None:
+    folder = work / os.fsdecode(name)
+    folder.mkdir()
+    with mounted_repository(folder, commands) as mounted:
+        assert mounted.status()["location"] == str(mounted.repo)
+        run("cp", mounted.image(IMAGE), mounted.staging / "vm.part")
+        assert list(mounted.drafts()) == ["vm.part"]
+        assert [item["name"] for item in mounted.listed("drafts")] == ["vm.part"]
+        run("mv", mounted.staging / "vm.part", mounted.staging / "vm.img")
+        mounted.assert_backups("vm", IMAGE)
+        mounted.remount()
+        mounted.assert_backups("vm", IMAGE)
+
+
+# What a program may ask for in a folder: the kernel itself takes "/" and zeros apart.
+PARTS = st.sampled_from(
+    [os.fsencode(word) for word in TRAPS if word and "/" not in word and "\0" not in word]
+) | st.binary(min_size=1, max_size=300).map(
+    lambda data: data.replace(b"/", b"").replace(b"\0", b"") or b"x"
+)
+ERRORS = {errno.EINVAL, errno.ENAMETOOLONG, errno.EEXIST, errno.EISDIR, errno.ENOENT}
+
+
+def test_any_name_is_staged_as_it_is_or_refused(mounted: Mounted) -> None:
+    """What is listed is what was made, and every other part of the mount stays as it was."""
+    staging = os.fsencode(mounted.staging)
+
+    @given(st.lists(PARTS, min_size=1, max_size=2))
+    @settings(max_examples=120, derandomize=True, deadline=None, database=None)
+    def check(parts: list[bytes]) -> None:
+        folder = staging
+        made = []
+        try:
+            for part in parts[:-1]:
+                folder = os.path.join(folder, part)
+                os.mkdir(folder)
+                made.append(folder)
+            path = os.path.join(folder, parts[-1])
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        except OSError as error:
+            assert error.errno in ERRORS, (parts, error)
+        else:
+            assert os.listdir(folder) == [parts[-1]]
+            parts[-1].decode()
+            os.unlink(path)
+        for folder in reversed(made):
+            os.rmdir(folder)
+        assert os.listdir(staging) == []
+        for place in (mounted.volumes, mounted.backups, mounted.path):
+            for part in parts:
+                path = os.path.join(os.fsencode(place), part)
+                if part not in (b".", b".."):
+                    with pytest.raises(OSError) as caught:
+                        os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+                    assert caught.value.errno in {*ERRORS, errno.EPERM}
+
+    check()
+    assert mounted.drafts() == {}
+    assert set(os.listdir(mounted.path)) == {
+        *(".backupfs", "README.txt", "backups", "staging", "volumes"),
+    }
