@@ -87,6 +87,7 @@ def _check_reachable(repository: Repository, record: Record) -> None:
     marker = Marker(repository.reader, repository.index)
     try:
         marker.mark([Root(record.root, record.height)])
+        marker.look_again(repository.refresh_index)
     except DamageError as error:
         raise MissingData(backup_id=record.backup_id, missing=str(error)) from error
     missing = len(marker.reached.missing)

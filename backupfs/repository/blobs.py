@@ -188,6 +188,7 @@ class BlobReader:
         gc may have moved it since, or it lies in a pack of another process that was not taken in
         yet. Only what is in neither case is damage.
         """
+        was_absent = False
         for _ in range(PLACES_MAX):
             # Pending before index: what is pending no longer is in the index already.
             data = self._packer.read_pending(blob_id) if self._packer else None
@@ -197,6 +198,10 @@ class BlobReader:
             if location is None or location == tried:
                 self._refresh(is_known=self._index.is_damaged(blob_id))
                 location = self._index.find(blob_id)
+            if location is None and not was_absent:
+                # While gc moved it, the listing may have had neither its old pack nor its new one.
+                was_absent = True
+                continue
             if location is None:
                 damage = None
                 break

@@ -188,6 +188,8 @@ class _Run:
         if unreadable:
             raise next(iter(unreadable.values()))
         marker.mark(Root(record.root, record.height) for record in records.values())
+        # Not by marking again: others may publish faster than that.
+        marker.look_again(repository.refresh_index)
         return marker.reached
 
     def _condemn(
@@ -234,11 +236,7 @@ class _Run:
         self._publish(plan)
         try:
             self._wait_for_sessions(plan)
-            acknowledged = self._watch.acknowledged_roots(plan.plan_id)
-            reached = self._mark(acknowledged)
-            if reached.missing - self._missing:  # packs of others that were not taken in yet?
-                self._repository.refresh_index()
-                reached = self._mark(acknowledged)
+            reached = self._mark(self._watch.acknowledged_roots(plan.plan_id))
             if reached.missing - self._missing:
                 raise StorageUnavailable(reason="blobs are missing that were there (see verify)")
             dead = {pack_id for pack_id in condemned if not reached.offsets(pack_id)}

@@ -7,7 +7,7 @@ kept of a blob is its offset in its pack.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from backupfs.errors import CorruptObject
@@ -20,6 +20,7 @@ from backupfs.storage.oserrors import translated
 from backupfs.types import HOLE, BlobId, PackId
 
 COMPACT_COUNT_MIN = 1 << 14
+LOOKS = 2
 DRAFTS = "drafts"
 DRAFT_SUFFIX = ".msgpack"
 
@@ -70,6 +71,18 @@ class Marker:
         for root in roots:
             for _first, ids in walk(self._reader, root, enter=self._enter, on_damage=on_damage):
                 self._locate([blob_id for blob_id in ids if blob_id != HOLE])
+
+    def look_again(self, refresh: Callable[[], object]) -> None:
+        """Look for what is missing once more, and again, after ``refresh``; what is missing then is in
+        no pack. It may be new, of another host's, and while a gc moves blobs a listing may have
+        neither the pack they were in nor the one they are in."""
+        for _ in range(LOOKS):
+            missing = self.reached.missing
+            if not missing:
+                return
+            refresh()
+            self.reached.missing = set()
+            self._locate(sorted(missing))
 
     def _enter(self, blob_id: BlobId, level: int) -> bool:
         # With its level: a forged tree that has it in another place must not hide what it reaches.

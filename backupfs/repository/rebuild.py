@@ -69,10 +69,12 @@ def refresh_index(storage: Storage, ids: IdScheme, index: Index) -> list[Corrupt
     # before it is forgotten. So what is known and not listed is gone, and not merely new.
     known = index.pack_ids()
     existing = list_packs(storage)
+    new = existing.keys() - known
+    # Before those that are gone are forgotten: gc may have moved blobs from these into new ones, and
+    # another process that has this index looks for them meanwhile.
+    damage = list(_take_in(storage, ids, index, sorted(new), existing))
     # This index may be alone in naming those as the places of blobs that other packs hold too.
     index.forget_packs(known - existing.keys(), leaves_gaps=True)
-    new = existing.keys() - known
-    damage = list(_take_in(storage, ids, index, sorted(new), existing))
     if new:
         # A gc may have deleted and forgotten one of them before it was taken in.
         index.forget_packs(new - list_packs(storage).keys(), leaves_gaps=True)

@@ -66,6 +66,7 @@ class Verification:
         self.note_objects(self._repository.refresh_index())
         roots = (Root(record.root, record.height) for record in records)
         self._marker.mark(roots, on_damage=self._bad_node)
+        self._marker.look_again(self._repository.refresh_index)
         for blob_id in self._marker.reached.missing:
             for level in range(LEVEL_MAX + 1):
                 self._bad.setdefault((blob_id, level), ("no pack", "it is not in any pack"))
