@@ -134,6 +134,17 @@ def test_backups_of_one_second_are_numbered(location):
     ]
 
 
+def test_the_newest_of_one_second_is_the_latest_whatever_was_deleted_before(location):
+    with Service.open(location, ambient=SetClock()) as service:
+        first, second = (back_up(service, noise(1000, seed=seed)) for seed in (1, 2))
+        service.delete(first)
+
+        third = back_up(service, noise(1000, seed=3))
+
+        assert service.backups() == [second, third]
+        assert service.resolve("vm@latest") == third
+
+
 def test_what_the_caller_tells_is_recorded(service):
     record = take(
         service,

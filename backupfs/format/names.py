@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Container
+from collections.abc import Collection
 from datetime import UTC, datetime
 
 PART_SIZE_MAX = 255
@@ -12,6 +13,7 @@ IMAGE_SUFFIXES = (".img", ".raw")
 LATEST_NAME = "latest.img"
 METADATA_NAME = "metadata.json"
 
+NUMBER_MAX = 999_999_999
 # The UTC time of the data, then -2, -3… for further backups of the same second.
 BACKUP_NAME = re.compile(
     r"\d{4}-\d\d-\d\dT\d{6}Z(?:-(?:[2-9]|[1-9]\d{1,8}))?\.img",
@@ -62,16 +64,17 @@ def volume_of(staged: str) -> str:
     return staged
 
 
-def backup_name(data_timestamp: datetime, taken: Container[str]) -> str:
-    """The file name of a backup of that moment which is not in ``taken``."""
+def backup_name(data_timestamp: datetime, taken: Collection[str]) -> str:
+    """The file name of a backup of that moment, behind all those of its second in ``taken``."""
     # Not strftime: it writes years before 1000 with fewer digits.
     moment = data_timestamp.astimezone(UTC).replace(tzinfo=None)
-    stamp = moment.isoformat(timespec="seconds").replace(":", "") + "Z"
-    name, number = f"{stamp}.img", 1
-    while name in taken:
-        number += 1
-        name = f"{stamp}-{number}.img"
-    return name
+    stamp = moment.isoformat(timespec="seconds").replace(":", "")
+    numbers = {number for found, number in map(order_of, taken) if found == stamp}
+    # Not the first that is free: the newest backup has the highest, whatever was deleted before it.
+    number = max(numbers, default=0) + 1
+    if number > NUMBER_MAX:  # only a forged record is called so
+        number = next(free for free in itertools.count(1) if free not in numbers)
+    return f"{stamp}Z.img" if number == 1 else f"{stamp}Z-{number}.img"
 
 
 def order_of(name: str) -> tuple[str, int]:

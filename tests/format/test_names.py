@@ -131,10 +131,17 @@ def test_backups_of_one_second_are_numbered_from_two():
     assert sorted(taken, key=order_of) == taken
 
 
-def test_a_number_that_became_free_is_given_again():
-    assert backup_name(MOMENT, {"2026-11-22T142503Z.img", "2026-11-22T142503Z-3.img"}) == (
-        "2026-11-22T142503Z-2.img"
-    )
+def test_the_newest_comes_last_whatever_became_free():
+    taken = {"2026-11-22T142503Z-3.img", "2026-11-22T142504Z-7.img"}
+
+    assert backup_name(MOMENT, taken) == "2026-11-22T142503Z-4.img"
+
+
+def test_a_forged_number_leaves_no_backup_without_a_name():
+    taken = ["2026-11-22T142503Z-999999999.img"]
+    for number in ("", "-2", "-3"):
+        taken.append(backup_name(MOMENT, taken))
+        assert taken[-1] == f"2026-11-22T142503Z{number}.img"
 
 
 @given(MOMENTS, st.integers(0, 20))
