@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_command_line
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.hostile import TRAPS
@@ -280,7 +279,9 @@ FORMS: tuple[tuple[str, ...], ...] = (
 )
 
 
-def test_any_word_on_a_command_line_ends_in_one_line_and_a_code(opened, module_folder, monkeypatch):
+def test_any_word_on_a_command_line_ends_in_one_line_and_a_code(
+    opened, module_folder, monkeypatch, run
+):
     places = {"REPO": opened.location, "MISSING": str(module_folder / "missing")}
     monkeypatch.chdir(module_folder)
 
@@ -288,7 +289,7 @@ def test_any_word_on_a_command_line_ends_in_one_line_and_a_code(opened, module_f
     @many(150)
     def check(form, word):
         words = [word if part == "WORD" else places.get(part, part) for part in form]
-        outcome = run_command_line(*words)
+        outcome = run(*words)
         assert outcome.code in (0, 1, 2), (words, outcome)
         assert "internal error" not in outcome.err, (words, outcome.err)
         for line in outcome.err.splitlines():
