@@ -1,6 +1,7 @@
 """Measurements of backupfs beside other tools; run by ``scripts/bench``.
 
-``workload`` makes the images, ``subjects`` knows how each tool is called, ``reading`` reads through
-mounts, ``measure`` times and weighs, ``report`` writes the tables; ``__main__`` puts them in order.
+``workload`` makes the images, ``subjects`` and ``peers`` know how each tool is called, ``bench`` has
+them do everything in order, ``growth`` makes one thing larger and larger, ``reading`` reads through
+mounts, ``measure`` times and weighs, ``report`` writes the tables and ``plot`` draws them.
 Nothing here is imported by the package.
 """

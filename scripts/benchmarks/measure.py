@@ -161,6 +161,13 @@ def wait_until_mounted(mountpoint: Path, process: subprocess.Popen[bytes], *, lo
     return watch.stop()
 
 
+def wait_for_path(path: Path, seconds: float) -> None:
+    """Wait until ``path`` is there, for so long at most."""
+    watch = Stopwatch()
+    while not path.exists() and watch.stop() < seconds:
+        time.sleep(0.05)
+
+
 def unmount(command: Sequence[str | Path], process: subprocess.Popen[bytes]) -> None:
     """Unmount and wait for the end of the process that served it."""
     run(*command)

@@ -1,4 +1,4 @@
-"""Turns measurements into Markdown: medians, each with its ratio to backupfs through the mount."""
+"""Turns measurements into Markdown: medians, each behind its ratio to backupfs through the mount."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 MIB = 1 << 20
+# Around what is measured in a document; the rest of it is written by hand.
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 # Figures by subject and name; a list has one value for each run.
 Figures = Mapping[str, Mapping[str, Sequence[float]]]
@@ -27,6 +30,18 @@ class Column:
     with_ratio: bool = True
 
 
+def say(text: str) -> None:
+    print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+def put_into(path: Path, text: str) -> None:
+    """Replace what stands between the marks of a document, or make one of nothing else."""
+    document = path.read_text() if path.exists() else f"{BEGIN}\n{END}\n"
+    before, _, rest = document.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    path.write_text(f"{before}{BEGIN}\n{text.strip()}\n{END}{after}")
+
+
 def backup_columns(generations: Sequence[str]) -> list[Column]:
     columns = [
         Column(figure="full seconds", heading="full, s"),
@@ -40,9 +55,16 @@ def backup_columns(generations: Sequence[str]) -> list[Column]:
     return [
         *columns,
         Column(figure="restore seconds", heading="restore, s"),
+        Column(figure="collect seconds", heading="delete and gc, s"),
         Column(figure="peak", heading="peak memory, MiB", scale=MIB, digits=0, with_ratio=False),
     ]
 
+
+EXTREME_COLUMNS = [
+    Column(figure="zeros seconds", heading="zeros, s"),
+    Column(figure="random seconds", heading="random, s"),
+    Column(figure="random stored", heading="random stored, MiB", scale=MIB, digits=0),
+]
 
 READ_COLUMNS = [
     Column(figure="ready seconds", heading="ready, s"),
@@ -83,7 +105,7 @@ def cell(
     if not column.with_ratio or not reference.get(column.figure):
         return text
     base = statistics.median(reference[column.figure])
-    return f"{text} (×{median / base:.2f})" if base else text
+    return f"×{median / base:.2f} · {text}" if base else text
 
 
 # -- the machine ---------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What is measured, and how each of them is called.
+"""What is measured: what every subject can do, and how backupfs is called.
 
 A subject works in a folder of its own, is used for one run and thrown away with its folder. It
 backs up ``source``, whose content is changed between the calls, as a host's disk would be.
@@ -18,9 +18,11 @@ from typing import ClassVar
 
 from benchmarks import measure
 from benchmarks.measure import Cost, MeasurementFailed, Stopwatch
-from benchmarks.workload import Generation
+from benchmarks.workload import Generation, data_ranges
 
 BACKUPFS = str(Path(sys.executable).with_name("backupfs"))
+PATCH_SIZE = 1 << 20  # bytes of one write into the head at most
+SETTLE_SECONDS_MAX = 20  # until an image of zeros alone has become a backup
 
 
 class Subject:
@@ -29,6 +31,7 @@ class Subject:
     title: ClassVar[str]
     program: ClassVar[str]
     mountable: ClassVar[bool] = False  # ``mounted`` can be used
+    collects: ClassVar[bool] = False  # ``collect`` can be used
 
     def __init__(self, folder: Path, source: Path) -> None:
         self.folder = folder
@@ -70,6 +73,10 @@ class Subject:
         raise NotImplementedError
         yield
 
+    def collect(self) -> Cost:
+        """Delete the latest backup and free what only it needed."""
+        raise NotImplementedError
+
     def finish(self) -> Cost | None:
         """End what runs; what it cost besides, where it is known only now."""
         return None
@@ -79,8 +86,13 @@ class Subject:
 
 
 class BackupfsCommand(Subject):
-    title = "`backupfs backup`"
+    title = "backupfs, `backupfs backup`"
     program = BACKUPFS
+    collects = True
+
+    @property
+    def latest_selector(self) -> str:
+        return f"{self.source.stem}@latest"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -93,13 +105,22 @@ class BackupfsCommand(Subject):
         self.run("init", self.repository)
 
     def full(self) -> Cost:
-        return self.run("backup", self.repository, self.source, "--volume", "volume")
+        return self.run("backup", self.repository, self.source)
 
     def incremental(self, generation: Generation) -> Cost:
         return self.full()
 
     def restore(self, target: Path) -> Cost:
-        return self.run("restore", self.repository, "volume@latest", target)
+        return self.run("restore", self.repository, self.latest_selector, target)
+
+    def collect(self) -> Cost:
+        watch = Stopwatch()
+        self.delete_latest()
+        cost = self.run("gc", self.repository)
+        return Cost(seconds=watch.stop(), peak_size=cost.peak_size)
+
+    def delete_latest(self) -> None:
+        self.run("delete", self.repository, self.latest_selector)
 
 
 class BackupfsMount(BackupfsCommand):
@@ -111,8 +132,8 @@ class BackupfsMount(BackupfsCommand):
     def __init__(self, folder: Path, source: Path) -> None:
         super().__init__(folder, source)
         self.mountpoint = folder / "mount"
-        self.head = self.mountpoint / "staging" / "volume.img"
-        self.latest = self.mountpoint / "volumes" / "volume" / "latest.img"
+        self.head = self.mountpoint / "staging" / source.name
+        self.latest = self.mountpoint / "volumes" / source.stem / "latest.img"
         self.mounts = contextlib.ExitStack()
         self.daemon: subprocess.Popen[bytes] | None = None
         self.peak_size = 0
@@ -140,7 +161,7 @@ class BackupfsMount(BackupfsCommand):
             self.peak_size = max(self.peak_size, measure.resident_peak(self.daemon.pid))
 
     def full(self) -> Cost:
-        cost = measure.run("cp", self.source, self.head)
+        cost = measure.run("cp", "--sparse=auto", self.source, self.head)
         return Cost(seconds=self.checked(cost.seconds))
 
     def incremental(self, generation: Generation) -> Cost:
@@ -148,6 +169,8 @@ class BackupfsMount(BackupfsCommand):
 
     def checked(self, seconds: float) -> float:
         """``seconds``, when the backup is there. Raises: MeasurementFailed."""
+        if not any(data_ranges(self.source)):  # zeros alone wait for their data first
+            measure.wait_for_path(self.latest, SETTLE_SECONDS_MAX)
         if self.latest.stat().st_size != self.source.stat().st_size:
             raise MeasurementFailed("the copy did not become a backup")
         return seconds
@@ -165,6 +188,14 @@ class BackupfsMount(BackupfsCommand):
         with self.served() as ready:
             yield self.latest, ready
 
+    def collect(self) -> Cost:
+        self.mounts.close()
+        self.mounts.enter_context(self.served())
+        return super().collect()
+
+    def delete_latest(self) -> None:
+        self.latest.resolve().unlink()
+
     def finish(self) -> Cost | None:
         self.mounts.close()
         return Cost(seconds=0, peak_size=self.peak_size)
@@ -177,11 +208,10 @@ class BackupfsPatch(BackupfsMount):
     mountable = False
 
     def incremental(self, generation: Generation) -> Cost:
-        pieces = list(self.pieces(generation))
         watch = Stopwatch()
         file = os.open(self.head, os.O_WRONLY)
         try:
-            for offset, data in pieces:
+            for offset, data in self.pieces(generation):
                 os.pwrite(file, data, offset)
         finally:
             os.close(file)
@@ -189,182 +219,7 @@ class BackupfsPatch(BackupfsMount):
 
     def pieces(self, generation: Generation) -> Iterator[tuple[int, bytes]]:
         with self.source.open("rb") as file:
-            for offset, size in generation.extents:
-                yield offset, os.pread(file.fileno(), size, offset)
-
-
-# -- plain files ---------------------------------------------------------------------------------
-
-
-class PlainCopy(Subject):
-    title = "`cp` and fsync"
-    program = "cp"
-
-    def prepare(self) -> None:
-        self.repository.mkdir()
-        self.copies = 0
-
-    def copy(self, source: Path, target: Path) -> Cost:
-        watch = Stopwatch()
-        cost = measure.run("cp", source, target)
-        measure.make_durable(target)
-        return Cost(seconds=watch.stop(), peak_size=cost.peak_size)
-
-    def full(self) -> Cost:
-        self.copies += 1
-        return self.copy(self.source, self.repository / str(self.copies))
-
-    def incremental(self, generation: Generation) -> Cost:
-        return self.full()
-
-    def restore(self, target: Path) -> Cost:
-        return self.copy(self.repository / str(self.copies), target)
-
-
-class CompressedFile(PlainCopy):
-    title = "`zstd -1 -T2` and fsync"
-    program = "zstd"
-
-    def copy(self, source: Path, target: Path) -> Cost:
-        restoring = source.parent == self.repository
-        options = ["-d"] if restoring else ["-1", "-T2"]
-        watch = Stopwatch()
-        cost = measure.run("zstd", "-q", *options, "-o", target, source)
-        measure.make_durable(target)
-        return Cost(seconds=watch.stop(), peak_size=cost.peak_size)
-
-    def full(self) -> Cost:
-        self.copies += 1
-        return self.copy(self.source, self.repository / f"{self.copies}")
-
-
-# -- backup programs -----------------------------------------------------------------------------
-
-
-class Restic(Subject):
-    title = "restic"
-    program = "restic"
-    mountable = True
-
-    @classmethod
-    def version(cls) -> str | None:
-        if shutil.which("restic") is None:
-            return None
-        said = subprocess.run(["restic", "version"], capture_output=True, text=True, check=False)
-        return " ".join(said.stdout.split()[:2])
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {
-            "RESTIC_REPOSITORY": str(self.repository),
-            "RESTIC_PASSWORD": "measured",
-            "RESTIC_CACHE_DIR": str(self.folder / "cache"),
-        }
-
-    def prepare(self) -> None:
-        measure.run("restic", "init", env=self.environment)
-
-    def full(self) -> Cost:
-        return measure.run("restic", "backup", self.source, env=self.environment)
-
-    def incremental(self, generation: Generation) -> Cost:
-        return self.full()
-
-    def restore(self, target: Path) -> Cost:
-        out = self.folder / "restored"
-        watch = Stopwatch()
-        cost = measure.run("restic", "restore", "latest", "--target", out, env=self.environment)
-        restored = out / self.source.relative_to("/")
-        measure.make_durable(restored)
-        seconds = watch.stop()
-        restored.rename(target)
-        return Cost(seconds=seconds, peak_size=cost.peak_size)
-
-    @contextlib.contextmanager
-    def mounted(self) -> Iterator[tuple[Path, float]]:
-        mountpoint = self.folder / "mount"
-        log = self.folder / "mount.log"
-        mountpoint.mkdir(exist_ok=True)
-        measure.drop_caches()
-        command = ["restic", "mount", mountpoint]
-        with measure.running(*command, env=self.environment, log=log) as process:
-            ready = measure.wait_until_mounted(mountpoint, process, log=log)
-            image = mountpoint / "snapshots" / "latest" / self.source.relative_to("/")
-            try:
-                yield image, ready
-            finally:
-                measure.unmount(["fusermount3", "-u", mountpoint], process)
-
-
-class Borg(Subject):
-    title = "borg, defaults"
-    program = "borg"
-    mountable = True
-    options: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {
-            "BORG_REPO": str(self.repository),
-            "BORG_BASE_DIR": str(self.folder / "home"),
-            "BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK": "yes",
-        }
-
-    def prepare(self) -> None:
-        (self.folder / "home").mkdir()
-        self.archives = 0
-        measure.run("borg", "init", "--encryption", "none", env=self.environment)
-
-    def full(self) -> Cost:
-        self.archives += 1
-        command = ["borg", "create", *self.options, f"::{self.archives}", self.source.name]
-        return measure.run(*command, env=self.environment, cwd=self.source.parent)
-
-    def incremental(self, generation: Generation) -> Cost:
-        return self.full()
-
-    def restore(self, target: Path) -> Cost:
-        out = self.folder / "restored"
-        out.mkdir()
-        watch = Stopwatch()
-        command = ["borg", "extract", "--sparse", f"::{self.archives}"]
-        cost = measure.run(*command, env=self.environment, cwd=out)
-        measure.make_durable(out / self.source.name)
-        seconds = watch.stop()
-        (out / self.source.name).rename(target)
-        return Cost(seconds=seconds, peak_size=cost.peak_size)
-
-    @contextlib.contextmanager
-    def mounted(self) -> Iterator[tuple[Path, float]]:
-        mountpoint = self.folder / "mount"
-        log = self.folder / "mount.log"
-        mountpoint.mkdir(exist_ok=True)
-        measure.drop_caches()
-        command = ["borg", "mount", "--foreground", f"::{self.archives}", mountpoint]
-        with measure.running(*command, env=self.environment, log=log) as process:
-            ready = measure.wait_until_mounted(mountpoint, process, log=log)
-            try:
-                yield mountpoint / self.source.name, ready
-            finally:
-                measure.unmount(["borg", "umount", mountpoint], process)
-
-
-class BorgFixed(Borg):
-    """The closest relative: fixed chunks of our size and the fastest compression."""
-
-    title = "borg, fixed 64 KiB, lz4"
-    mountable = False
-    options = ("--chunker-params", "fixed,65536", "--compression", "lz4")
-
-
-# The first one is what the others are compared with.
-SUBJECTS: dict[str, type[Subject]] = {
-    "mount": BackupfsMount,
-    "patch": BackupfsPatch,
-    "command": BackupfsCommand,
-    "cp": PlainCopy,
-    "zstd": CompressedFile,
-    "restic": Restic,
-    "borg": Borg,
-    "borg-fixed": BorgFixed,
-}
+            for start, size in generation.extents:
+                for offset in range(start, start + size, PATCH_SIZE):
+                    length = min(PATCH_SIZE, start + size - offset)
+                    yield offset, os.pread(file.fileno(), length, offset)

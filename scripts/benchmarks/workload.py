@@ -23,6 +23,7 @@ from pathlib import Path
 BLOCK_SIZE = 4096
 FILL = 0.66  # part of the image that files take
 FILE_SIZE_MAX = 16 << 20
+RANDOM_PIECE = 1 << 20
 # The second only where the first has too little: much of it is compressed already.
 SOURCES = (("/usr",), ("/opt", "/var/lib"))
 
@@ -50,9 +51,12 @@ class Generation:
 class Workload:
     base: Path
     generations: Sequence[Generation]
+    extremes: Sequence[Path]  # images that are backed up once, each in a repository of its own
 
 
-def make_workload(folder: Path, *, size: int, seed: int, names: Sequence[str]) -> Workload:
+def make_workload(
+    folder: Path, *, size: int, seed: int, names: Sequence[str], extremes: Sequence[str] = ()
+) -> Workload:
     """The images below ``folder``; what an earlier call left there is taken if it is the same."""
     settings = {"size": size, "seed": seed, "version": 4}
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +72,8 @@ def make_workload(folder: Path, *, size: int, seed: int, names: Sequence[str]) -
     for name in names:
         generations.append(make_generation(folder, before, name, seed))
         before = generations[-1].image
-    return Workload(base=base, generations=generations)
+    made = [make_extreme(folder, name, size=size, seed=seed) for name in extremes]
+    return Workload(base=base, generations=generations, extremes=made)
 
 
 # -- the base ------------------------------------------------------------------------------------
@@ -128,6 +133,35 @@ def make_file_system(image: Path, tree: Path, *, size: int) -> None:
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     environment = {**os.environ, "PATH": path}
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, timeout=1800)
+
+
+# -- extremes ------------------------------------------------------------------------------------
+
+
+def make_extreme(folder: Path, name: str, *, size: int, seed: int) -> Path:
+    image = folder / f"{name}.img"
+    if not image.exists():
+        EXTREMES[name](image, size, random.Random(f"{seed} {name}"))
+    return image
+
+
+def make_zeros(image: Path, size: int, _rng: random.Random) -> None:
+    """Five times ``size`` of nothing: one hole."""
+    with image.open("wb") as file:
+        file.truncate(5 * size)
+
+
+def make_random(image: Path, size: int, rng: random.Random) -> None:
+    """Half of ``size`` that neither compresses nor repeats itself."""
+    with image.open("wb") as file:
+        for _ in range(size // 2 // RANDOM_PIECE):
+            file.write(rng.randbytes(RANDOM_PIECE))
+
+
+EXTREMES: dict[str, Callable[[Path, int, random.Random], None]] = {
+    "zeros": make_zeros,
+    "random": make_random,
+}
 
 
 # -- generations ---------------------------------------------------------------------------------
