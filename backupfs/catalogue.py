@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from backupfs.errors import CorruptObject, ObjectNotFound
 from backupfs.format.names import order_of
@@ -19,6 +20,8 @@ from backupfs.repository.records import UNREADABLE, RecordStore, as_damage
 from backupfs.storage.local import LocalStorage
 
 log = logging.getLogger(__name__)
+
+Key = TypeVar("Key", str, tuple[str, str])
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,9 @@ class Catalogue:
         self._refreshing = threading.Lock()
         self._by_id: dict[str, Record] = {}
         self._by_volume: dict[str, list[Record]] = {}
+        self._by_name: dict[
+            tuple[str, str], list[Record]
+        ] = {}  # by volume and name; hardly ever two
         self._unreadable: dict[str, CorruptObject] = {}
         self._mark: int | None = None
         self._subscribers: list[Callable[[Change], None]] = []
@@ -130,10 +136,8 @@ class Catalogue:
     def by_name(self, volume: str, name: str) -> Record | None:
         """The backup of ``volume`` whose file is called ``name``."""
         with self._lock:
-            for record in self._by_volume.get(volume, ()):
-                if record.name == name:
-                    return record
-            return None
+            named = self._by_name.get((volume, name))
+            return named[0] if named else None
 
     def unreadable(self) -> list[CorruptObject]:
         """What is wrong with records that could not be read."""
@@ -154,14 +158,13 @@ class Catalogue:
     def _insert(self, record: Record) -> None:
         self._unreadable.pop(record.backup_id, None)
         self._by_id[record.backup_id] = record
-        bisect.insort(self._by_volume.setdefault(record.volume, []), record, key=_order)
+        _put(self._by_volume, record.volume, record)
+        _put(self._by_name, (record.volume, record.name), record)
 
     def _remove(self, record: Record) -> None:
         del self._by_id[record.backup_id]
-        backups = self._by_volume[record.volume]
-        backups.remove(record)
-        if not backups:
-            del self._by_volume[record.volume]
+        _take(self._by_volume, record.volume, record)
+        _take(self._by_name, (record.volume, record.name), record)
 
     def _tell(self, change: Change) -> None:
         if change.added or change.removed:
@@ -170,3 +173,14 @@ class Catalogue:
                     callback(change)
                 except Exception:  # the change has happened, whatever those who show it make of it
                     log.exception("a change of the catalogue was not followed")
+
+
+def _put(table: dict[Key, list[Record]], key: Key, record: Record) -> None:
+    bisect.insort(table.setdefault(key, []), record, key=_order)
+
+
+def _take(table: dict[Key, list[Record]], key: Key, record: Record) -> None:
+    records = table[key]
+    del records[bisect.bisect_left(records, _order(record), key=_order)]
+    if not records:
+        del table[key]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from pathlib import Path
 
@@ -75,6 +76,22 @@ def test_ten_backups_of_one_second_stand_in_the_order_of_their_numbers(service, 
     catalogue.refresh()
 
     assert catalogue.backups("vm") == records
+
+
+def test_of_two_backups_with_one_name_the_other_is_found_when_one_goes(service, catalogue):
+    """Published by two hosts at once: the name is no more than a name."""
+    (record,) = in_order(service, 1)
+    twin = dataclasses.replace(record, backup_id="ffffffff-0000-4000-8000-000000000000")
+    for known in (twin, record):
+        catalogue.add(known)
+
+    found = catalogue.by_name("vm", record.name)
+    catalogue.remove(record)
+
+    assert found == record
+    assert catalogue.by_name("vm", record.name) == twin
+    catalogue.remove(twin)
+    assert catalogue.by_name("vm", record.name) is None
 
 
 def test_subscribers_are_told_of_every_change_once(service, catalogue):

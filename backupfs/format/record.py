@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -48,7 +48,7 @@ class Description:
     service: str | None = None
 
 
-_DESCRIPTION_KEYS = frozenset(Description.__dataclass_fields__)
+_DESCRIPTION_KEYS = tuple(Description.__dataclass_fields__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +130,7 @@ def encode_record(record: Record, ids: IdScheme) -> bytes:
         "stored_bytes": record.stored_bytes,
         "host": record.host,
         "metadata": None if record.metadata is None else metadata_text(record.metadata),
-        "description": asdict(record.description),
+        "description": {key: getattr(record.description, key) for key in _DESCRIPTION_KEYS},
     }
     value["digest"] = ids.digest("record", codec.encode(value))
     return codec.encode(value)
@@ -241,7 +241,7 @@ def is_deeper(value: Any, levels: int) -> bool:
 
 def _description(value: dict[str, Any]) -> Description:
     fields = codec.Fields(value)
-    if set(value) != _DESCRIPTION_KEYS:
+    if value.keys() != set(_DESCRIPTION_KEYS):
         raise codec.UndecodableError("its description has other fields than it should")
     return Description(
         **{key: fields.optional_text(key, size_max=DESCRIPTION_SIZE_MAX) for key in value}
