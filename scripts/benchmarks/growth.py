@@ -23,18 +23,25 @@ from benchmarks.workload import BLOCK_SIZE, contents
 IMAGE_SIZES_GIB = (1, 4, 16)
 BACKUP_COUNTS = (10, 1_000, 10_000)
 PIECE_SIZE = 1 << 20
-# A volume of as many backups as wanted, each with one new chunk; for a process of its own.
+# Gives a volume as many backups as wanted, all of the content of its first one.
 MAKE_BACKUPS = """
-import os, sys
+import sys, uuid
+from dataclasses import replace
+from datetime import timedelta
+from backupfs.format.names import backup_name
 from backupfs.service import Service
-location, image, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
-from backupfs.hostfiles import open_source
-with Service.open(location) as service:
-    for number in range(count):
-        with open(image, "r+b") as file:
-            file.write(os.urandom(4096))
-        with open_source(image) as source:
-            service.backup(source, volume="volume")
+with Service.open(sys.argv[1]) as service:
+    (first,) = service.backups("volume")
+    for number in range(1, int(sys.argv[2])):
+        moment = first.data_timestamp + timedelta(minutes=number)
+        service.repository.records.put(
+            replace(
+                first,
+                backup_id=str(uuid.UUID(int=number)),
+                name=backup_name(moment, ()),
+                data_timestamp=moment,
+            )
+        )
 """
 
 
@@ -76,9 +83,9 @@ def image_cells(work: Path, size_gib: int) -> Sequence[str]:
         subject.source.unlink()
         with subject.mounted() as (latest, ready):
             watch = Stopwatch()
-            read_block(latest, (size_gib << 30) // 2)
+            read_block(latest, (int(size_gib * (1 << 30))) // 2)
             opened = watch.stop()
-            patched = patch_block(subject.head, (size_gib << 30) // 3)
+            patched = patch_block(subject.head, (int(size_gib * (1 << 30))) // 3)
         peak = subject.finish()
         return [
             f"{seconds:.2f}",
@@ -94,10 +101,8 @@ def count_cells(work: Path, count: int) -> Sequence[str]:
         make_unique(subject.source, 1 / 64)
         subject.prepare()
         subject.full()
-        command = [sys.executable, "-c", MAKE_BACKUPS, subject.repository, subject.source]
-        subprocess.run(
-            [*command, str(count - 1)], env={**os.environ, **subject.environment}, check=True
-        )
+        command = [sys.executable, "-c", MAKE_BACKUPS, subject.repository, str(count)]
+        subprocess.run(command, env={**os.environ, **subject.environment}, check=True)
         with subject.mounted() as (_latest, ready):
             folder = subject.mountpoint / "volumes" / "volume"
             listed = measure.run("ls", "-l", folder).seconds
