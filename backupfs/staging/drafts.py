@@ -70,9 +70,14 @@ def wait_for_mount(repository: Repository) -> None:
         mountpoint = mountpoint_of(repository)
     except Busy:
         return
-    if mountpoint is not None:
-        with contextlib.suppress(OSError):
-            asked(_look_into, mountpoint, seconds_max=MOUNT_SECONDS_MAX)
+    if mountpoint is None:
+        return
+    try:
+        asked(_look_into, mountpoint, seconds_max=MOUNT_SECONDS_MAX)
+    except TimeoutError:
+        log.warning("%r: the mount does not answer; its last copies may be missing", mountpoint)
+    except OSError:
+        pass  # a dead mount, or another user's: it keeps nobody waiting
 
 
 def _look_into(mountpoint: str) -> None:

@@ -438,7 +438,7 @@ def test_stopped_daemon_is_alive_and_left_alone(mounted: Site) -> None:
 
 
 def test_daemon_that_does_not_answer_is_waited_for_a_while_only(
-    mounted: Site, monkeypatch: pytest.MonkeyPatch
+    mounted: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(daemon, "ANSWER_SECONDS_MAX", 1.0)
     monkeypatch.setattr(drafts, "MOUNT_SECONDS_MAX", 1.0)
@@ -459,6 +459,7 @@ def test_daemon_that_does_not_answer_is_waited_for_a_while_only(
     finally:
         os.kill(process, signal.SIGCONT)
 
+    assert f"{str(mounted.path)!r}: the mount does not answer" in caplog.text
     assert mounted.daemon() == process
     # Who asked may yet have something open, for a moment.
     assert becomes(lambda: mounted.try_unmount().returncode == 0, seconds=20)
