@@ -39,7 +39,7 @@ from backupfs.repository.rebuild import refresh_index
 from backupfs.repository.records import RecordStore
 from backupfs.repository.sessions import Session
 from backupfs.repository.workers import Credit, OpenShare, Workers
-from backupfs.storage.local import LocalStorage, sync_folder
+from backupfs.storage.local import LocalStorage, make_folders, sync_folder
 from backupfs.storage.locate import local_folder, open_storage
 from backupfs.storage.oserrors import translated
 
@@ -78,13 +78,12 @@ def init_repository(
     with translated():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RepositoryExists(location=location)
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folders(folder, mode=0o700)
         for name in ("packs", "records", "metadata", "sessions", "plans", "drafts", "spool"):
             (folder / name).mkdir()
         with (folder / "spool" / RESERVE_NAME).open("wb") as file:
             file.write(ambient.random_bytes(RESERVE_SIZE))
         sync_folder(folder)
-        sync_folder(folder.parent)
     config = RepositoryConfig(
         repository_id=ambient.new_uuid(),
         chunk_size=chunk_size,

@@ -180,9 +180,11 @@ class StagingArea:
     def _keep_as(self, staged: StagedFile, name: str) -> None:
         """Make a new name durable; should that fail, the file has its old one."""
         volume, before = staged.volume, staged.name
-        state, changed = staged.state, staged.changed
+        state, changed, changed_at = staged.state, staged.changed, staged.changed_at
         staged.left_partial |= self._is_left_partial(staged, before)
         staged.name = name
+        # Should the daemon die before the one it replaces is forgotten, the newer of the two stays.
+        staged.changed_at = self._ambient.now()
         if staged.volume != volume and (staged.size or staged.written):
             staged.changed = True
         # Decided anew: should the daemon die now, the next one is to decide it by its new name.
@@ -190,7 +192,8 @@ class StagingArea:
         try:
             self._keeper.save(staged)
         except StorageError:
-            staged.name, staged.state, staged.changed = before, state, changed
+            staged.name, staged.state = before, state
+            staged.changed, staged.changed_at = changed, changed_at
             raise
         staged.renamed = True
 
@@ -482,6 +485,8 @@ class StagingArea:
             self._hold(staged, "backupfs ended while it was being written")
         elif staged.state is State.HELD or not self._decides_at_start:
             return  # what is held stays so
+        elif staged.changed and staged.interrupted:
+            self._hold(staged, "backupfs ended while it was being written")
         elif staged.changed:
             # A rename that had returned had published; of any other nobody was told.
             staged.renamed = not self._policy.publish_on_rename_only

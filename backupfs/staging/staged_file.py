@@ -106,7 +106,11 @@ class StagedFile:
             mtime_ns=self.mtime_ns,
             written=self.written,
             changed=self.changed,
-            interrupted=self.interrupted or self.left_partial or bool(self.failure),
+            # Somebody in the middle of writing: the mark says so too, but may not be durable yet.
+            interrupted=self.interrupted
+            or self.left_partial
+            or bool(self.failure)
+            or bool(self.unflushed),
             held=self.reason[:1000] if self.state is State.HELD and not self.may_retry else "",
             stored_bytes=self.stored_bytes,
             next_id=self.next_id,

@@ -1,7 +1,8 @@
 """Keeps the durable state of drafts in a folder of this host, one small file each.
 
-A draft's state is written at each checkpoint; a marker file beside it says that writing went on
-after the checkpoint, and survives the death of the daemon. One process at a time holds the folder.
+A draft's state is written at each checkpoint; an empty file beside it, the *mark*, says by its name
+that writing went on after a checkpoint, and survives the death of the daemon. One process at a time
+holds the folder.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +29,7 @@ from backupfs.format.draft_state import (
 )
 from backupfs.format.ids import IdScheme
 from backupfs.repository.marking import DRAFT_SUFFIX, DRAFTS
-from backupfs.storage.local import replace_file, sync_folder
+from backupfs.storage.local import make_folders, replace_file, sync_folder
 from backupfs.storage.locks import FileLock, holder, is_held, try_lock
 from backupfs.storage.oserrors import translated
 
@@ -55,6 +58,11 @@ class StateStore:
         self._ids = ids
         self._chunk_size = chunk_size
         self._ambient = ambient
+        self._marks: defaultdict[str, dict[Path, int]] = defaultdict(dict)  # by draft: the flush
+        for path in folder.glob(f"*{WRITING_SUFFIX}"):
+            draft_id, _, number = path.name.removesuffix(WRITING_SUFFIX).partition(".")
+            # One that says nothing counts: that holds the draft.
+            self._marks[draft_id][path] = int(number) if number.isdecimal() else sys.maxsize
 
     @classmethod
     def open(
@@ -68,6 +76,8 @@ class StateStore:
     ) -> StateStore:
         """Take the folder of this host's drafts. Raises: Busy, StorageError."""
         folder = host_folder(repository_folder, ambient)
+        with translated():
+            make_folders(folder)
         lock = try_lock(folder / "lock")
         if lock is None:
             raise Busy(what="the staging area", holder=_describe(current_holder(folder)))
@@ -88,32 +98,36 @@ class StateStore:
 
     def remove(self, draft_id: str) -> None:
         """Forget a draft; durable on return. Raises: StorageError."""
+        self.unmark_writing(draft_id)
         with translated():
-            self._writing_path(draft_id).unlink(missing_ok=True)
             self._path(draft_id).unlink(missing_ok=True)
             sync_folder(self._folder)
 
     def mark_writing(self, draft_id: str, sequence: int) -> None:
-        """Note that a draft changes after its flush ``sequence``.
+        """Note that a draft changes after its flush ``sequence``; older notes of it go.
 
         Not synced: it is for the death of the daemon. What a crash of the host loses of it was
-        not acknowledged to any writer.
+        not acknowledged to any writer; a state saved from now on takes it along.
         """
+        # An empty file: bytes would not be durable with its name, and half a note cannot be told
+        # from one that is void.
+        path = self._folder / f"{draft_id}.{sequence}{WRITING_SUFFIX}"
         with translated():
-            self._writing_path(draft_id).write_text(str(sequence))
+            path.touch()
+            for older in self._marks[draft_id].keys() - {path}:
+                older.unlink(missing_ok=True)
+        self._marks[draft_id] = {path: sequence}
 
     def unmark_writing(self, draft_id: str) -> None:
+        """Note that it changes no more. Raises: StorageError."""
         with translated():
-            self._writing_path(draft_id).unlink(missing_ok=True)
+            for path in self._marks[draft_id]:
+                path.unlink(missing_ok=True)
+        del self._marks[draft_id]
 
     def was_writing(self, draft_id: str, sequence: int) -> bool:
         """Whether writing went on after flush ``sequence``."""
-        try:
-            return int(self._writing_path(draft_id).read_text()) >= sequence
-        except FileNotFoundError:
-            return False
-        except (OSError, ValueError):
-            return True  # cannot tell: hold it
+        return any(number >= sequence for number in self._marks[draft_id].values())
 
     def load_all(self) -> tuple[list[DraftState], list[CorruptObject]]:
         """Every readable state, and what is wrong with the others; those are left in place."""
@@ -140,9 +154,6 @@ class StateStore:
 
     def _path(self, draft_id: str) -> Path:
         return self._folder / f"{draft_id}{DRAFT_SUFFIX}"
-
-    def _writing_path(self, draft_id: str) -> Path:
-        return self._folder / f"{draft_id}{WRITING_SUFFIX}"
 
 
 def host_folder(repository_folder: Path, ambient: Ambient) -> Path:

@@ -38,6 +38,8 @@ class LocalStorage:
         self.location = str(folder)
         self.folder = folder
         self._open_files: OrderedDict[str, int] = OrderedDict()
+        # Made or found, and synced by this process: that one is there does not say that it stays.
+        self._durable_folders: set[Path] = set()
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -85,11 +87,9 @@ class LocalStorage:
             file = self._open_files.pop(name, None)
             if file is not None:
                 os.close(file)
-        with translated():
-            try:
-                path.unlink()
-            except FileNotFoundError:
-                return
+        with translated(), contextlib.suppress(FileNotFoundError):
+            path.unlink(missing_ok=True)
+            # Also where it is gone: who removed it may not have come to this.
             sync_folder(path.parent)
 
     def change_mark(self, prefix: str) -> int | None:
@@ -147,14 +147,13 @@ class LocalStorage:
         sync_folder(target.parent)
 
     def _make_folder(self, folder: Path) -> None:
-        if folder.is_dir():
+        if folder in self._durable_folders and folder.is_dir():
             return
         if not self.folder.is_dir():
             raise StorageUnavailable(reason=f"the folder {self.location!r} is gone")
-        if folder.parent != self.folder:
-            self._make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
+        if folder != self.folder:
+            make_folders(folder)
+        self._durable_folders.add(folder)
 
     def _walk(self, folder: Path, prefix: str) -> Iterator[ObjectInfo]:
         try:
@@ -252,6 +251,15 @@ def _same_bytes(first: Path, second: Path) -> bool:
                 return False
             if not left:
                 return True
+
+
+def make_folders(folder: Path, *, mode: int = 0o777) -> None:
+    """Make a folder, and what is missing above it; its name is durable on return. Raises: OSError."""
+    if not folder.parent.is_dir():
+        make_folders(folder.parent)
+    folder.mkdir(exist_ok=True, mode=mode)
+    # Also where it is there: who made it may not have come to this.
+    sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:

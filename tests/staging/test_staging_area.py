@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -977,3 +978,20 @@ def test_events_tell_what_happened(area):
         "forgot 'vm.img'",
     ]
     assert os.linesep not in lines[1]
+
+
+def test_copy_synced_in_its_middle_is_held_also_where_its_mark_is_lost(area, location, scratch):
+    """As a power cut may leave it: half an image must not become a backup."""
+    handle = create(area, "vm.img")
+    write(area, handle, IMAGE[: 3 * CHUNK_SIZE])
+    area.sync(handle)
+    left = scratch / "left"
+    shutil.copytree(location, left, ignore=shutil.ignore_patterns("*.writing"))
+
+    with Service.open(str(left)) as service:
+        found = service.open_staging(Policy(), mountpoint=None)
+        assert state(found, "vm.img") == "held: backupfs ended while it was being written"
+        assert content(found, "vm.img") == IMAGE[: 3 * CHUNK_SIZE]
+        assert images(service) == []
+        found.close()
+    area.release(handle, interrupted=False)

@@ -181,10 +181,27 @@ def test_a_mark_says_that_writing_went_on_after_a_flush(store):
     assert not store.was_writing(STATE.draft_id, 3)
 
 
-def test_a_mark_that_cannot_be_read_counts(store, folder):
+def test_a_mark_that_cannot_be_read_counts(scratch, folder):
+    open_store(scratch).close()
     (folder / f"{STATE.draft_id}.writing").write_text("")
 
+    store = open_store(scratch)
     assert store.was_writing(STATE.draft_id, 3)
+    store.unmark_writing(STATE.draft_id)
+    store.close()
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+
+
+def test_a_mark_outlives_its_holder(scratch):
+    store = open_store(scratch)
+    store.mark_writing(STATE.draft_id, 2)
+    store.mark_writing(STATE.draft_id, 3)
+    store.close()
+
+    store = open_store(scratch)
+    assert store.was_writing(STATE.draft_id, 3)
+    assert not store.was_writing(STATE.draft_id, 4)
+    store.close()
 
 
 def test_a_mark_goes_with_its_draft(store, folder):

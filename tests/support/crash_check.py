@@ -1,0 +1,230 @@
+"""Cuts the power of a run at every sync, in many ways, and looks whether promises were kept."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+
+from support.crash_disk import Disk, Image, picks, read_image, write_image
+from support.crash_world import Backups, Promise, Run
+from support.images import noise, restored
+from support.os_calls import Call, watched_calls
+
+from backupfs.repository.index import _boot_file, _boot_id
+from backupfs.repository.repository import _cache_name, cache_folder
+from backupfs.service import Service
+
+PROBE = noise(40_000, seed=99)
+INDEXES = ("lost", "as it was at the start", "ahead of the packs")
+
+
+class BrokenPromiseError(AssertionError):
+    """What was promised is not there, or what must not be is."""
+
+
+@dataclass(frozen=True)
+class Crash:
+    """What one power cut left."""
+
+    what: str
+    image: Image
+    promise: Promise
+
+
+class Recording:
+    """What a run did to its folder, call by call, and what it had promised at each moment."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._start = read_image(folder)
+        self._entries: list[Call | Promise] = []
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Record what is done in the block."""
+        with watched_calls(self.folder, self._handle):
+            yield
+        disk = Disk(self._start)
+        for entry in self._entries:
+            if isinstance(entry, Call):
+                disk.apply(entry)
+        everything = list(picks(random.Random(0), random_count=0))[1]
+        assert disk.image(everything) == read_image(self.folder), "some call was not seen"
+
+    def note(self, promise: Promise) -> None:
+        self._entries.append(promise)
+
+    def _handle(self, call: Call, act: Callable[[], object]) -> object:
+        result = act()
+        if call.kind == "write":
+            assert isinstance(result, int)
+            call = replace(call, data=call.data[:result])
+        self._entries.append(call)
+        return result
+
+    def crashes(self, rng: random.Random, *, random_count: int) -> Iterator[Crash]:
+        """What may be left when the power goes right before each sync, and after each promise;
+        the same outcome of the same promise once."""
+        disk, promise, seen = Disk(self._start), Promise(), set()
+        last = "the start"
+        for entry in self._entries:
+            if isinstance(entry, Promise):
+                promise = entry
+            elif entry.kind != "sync":
+                disk.apply(entry)
+                last = str(entry)
+                continue
+            for pick in picks(rng, random_count=random_count):
+                image = disk.image(pick)
+                mark = (id(promise), fingerprint(image))
+                if mark not in seen:
+                    seen.add(mark)
+                    yield Crash(f"{promise.what}; after {last}; {pick.what}", image, promise)
+            if isinstance(entry, Call):
+                disk.apply(entry)
+                last = str(entry)
+
+
+def fingerprint(image: Image) -> bytes:
+    digest = blake2b(digest_size=16)
+    for name in sorted(image):
+        data = image[name]
+        digest.update(f"{name}\0{-1 if data is None else len(data)}\0".encode())
+        digest.update(data or b"")
+    return digest.digest()
+
+
+# -- the index, which lies elsewhere and is not synced ---------------------------------------------
+
+
+def keep_index(run: Run, path: Path) -> None:
+    """Make a copy of the index as it is now."""
+    run.service.repository.index._environment.copy(str(path))
+
+
+def put_index(location: str, copy: Path | None) -> None:
+    """Have the next who opens the repository find this index, and believe it."""
+    with Service.open(location, beside_mount=False) as service:
+        name = _cache_name(service.config, service.repository.folder)
+    folder = cache_folder(name)
+    shutil.rmtree(folder)
+    if copy is not None:
+        folder.mkdir(parents=True)
+        shutil.copy(copy, folder / "index-1")
+        _boot_file(folder).write_text(_boot_id())
+
+
+# -- looking ---------------------------------------------------------------------------------------
+
+
+def examine(crash: Crash, folder: Path, index: Path | None) -> None:
+    """Open what a power cut left, and see that promises were kept; then that life goes on.
+
+    Raises: BrokenPromiseError.
+    """
+    write_image(crash.image, folder)
+    location = str(folder)
+    try:
+        put_index(location, index)
+        _look(crash.promise, location)
+        _go_on(crash.promise, location)
+    except Exception as error:
+        raise BrokenPromiseError(f"{crash.what}: {type(error).__name__}: {error}") from error
+    finally:
+        shutil.rmtree(folder)
+
+
+def _look(promise: Promise, location: str) -> None:
+    """As a command does that is the first to come."""
+    with Run(location, is_mounting=False) as run:
+        found = _backups(run)
+        _compare(found, must=promise.must, may=_allowed(promise))
+        for volume, values in promise.metadata.items():
+            value = run.service.get_metadata(volume)
+            assert value in values, f"metadata of {volume} are {value}"
+        _verify(run)
+
+
+def _go_on(promise: Promise, location: str) -> None:
+    """As a mount does that comes next; then gc runs, and what was under way is tried again."""
+    with Run(location, is_mounting=True) as run:
+        assert not run.area.unreadable, run.area.unreadable
+        must = promise.must | promise.must_once_mounted
+        found = _backups(run)
+        _compare(found, must=must, may=_allowed(promise))
+        staged = run.staged()
+        assert staged in promise.staged, (
+            f"staged are {sizes(staged)}, not {' or '.join(map(str, map(sizes, promise.staged)))}"
+        )
+        missing = promise.folders - run.area.folders()
+        assert not missing, f"folders {missing} are lost"
+        run.gc()
+        assert run.staged() == staged, "gc took what is staged"
+        assert _backups(run) == found, "gc took backups"
+        promise.again(run)
+        if promise.aim is not None:
+            aim = promise.aim
+            missing_again = set(aim.must.values()) - set(_backups(run).values())
+            assert not missing_again, f"{names(missing_again)} was not made when tried again"
+            staged = run.staged()
+            assert aim.staged[0].items() <= staged.items(), f"staged are {sizes(staged)}"
+            assert promise.gone not in staged, f"{promise.gone} is still staged"
+        _probe(run)
+        _verify(run)
+
+
+def _backups(run: Run) -> Backups:
+    run.service.refresh()
+    return {
+        record.backup_id: (record.volume, restored(run.service, record))
+        for record in run.service.backups()
+    }
+
+
+def _allowed(promise: Promise) -> Backups:
+    return promise.may | promise.must | promise.must_once_mounted
+
+
+def _compare(found: Backups, *, must: Backups, may: Backups) -> None:
+    for backup_id, backup in must.items():
+        assert backup_id in found, f"backup {names([backup])} is lost"
+        assert found[backup_id] == backup, f"backup {names([backup])} is another"
+    for backup_id, backup in found.items():
+        assert may.get(backup_id) == backup, f"backup {names([backup])} must not be"
+
+
+def _verify(run: Run) -> None:
+    report = run.service.verify()
+    assert report.complete and not report.damage, report.damage
+
+
+def _probe(run: Run) -> None:
+    handle = run.open("probe.img", truncate=True)
+    run.write(handle, 0, PROBE)
+    run.end(handle, killed=False)
+    latest = run.service.catalogue.latest("probe")
+    assert latest is not None and restored(run.service, latest) == PROBE
+
+
+def names(backups: object) -> str:
+    return ", ".join(f"{volume} of {len(image)} bytes" for volume, image in backups)  # type: ignore
+
+
+def sizes(staged: dict[str, bytes]) -> dict[str, str]:
+    return {name: f"{len(data)}:{blake2b(data, digest_size=3).hexdigest()}" for name, data in staged.items()}
+
+
+@dataclass
+class Tally:
+    """How many power cuts were looked at."""
+
+    counts: Counter[str]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} {what}" for what, count in self.counts.items())
