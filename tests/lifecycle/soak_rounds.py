@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import soak_crash
 from command_server import CommandServer
 from lifecycle_mount import (
     Site,
@@ -249,6 +250,12 @@ def load(folder: Path, commands: CommandServer, *, seconds: float) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument(
+        "--what",
+        choices=("use", "crash"),
+        default="use",
+        help="use of a mount with kills (the default), or power cuts of the engine",
+    )
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=None, help="default: another one each time")
     parser.add_argument(
@@ -263,6 +270,8 @@ def main() -> int:
         arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(1 << 32)
     )
     print(f"seed {seed}, {arguments.minutes:g} minutes", flush=True)
+    if arguments.what == "crash":
+        return soak_crash.run(minutes=arguments.minutes, seed=seed, work=arguments.work)
     folder = Path(tempfile.mkdtemp(prefix="backupfs-soak-", dir=arguments.work))
     commands = CommandServer(folder / "commands")
     try:

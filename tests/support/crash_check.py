@@ -5,23 +5,23 @@ from __future__ import annotations
 import contextlib
 import random
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
 from support.crash_disk import Disk, Image, picks, read_image, write_image
-from support.crash_world import Backups, Promise, Run
+from support.crash_run import Backups, Promise, Run, nothing
+from support.crash_world import World
 from support.images import noise, restored
 from support.os_calls import Call, watched_calls
 
+from backupfs.format.config import CONFIG_NAME, decode_config
+from backupfs.format.ids import IdScheme
 from backupfs.repository.index import _boot_file, _boot_id
 from backupfs.repository.repository import _cache_name, cache_folder
-from backupfs.service import Service
 
 PROBE = noise(40_000, seed=99)
-INDEXES = ("lost", "as it was at the start", "ahead of the packs")
 
 
 class BrokenPromiseError(AssertionError):
@@ -91,6 +91,63 @@ class Recording:
                 last = str(entry)
 
 
+class Explorer:
+    """Runs programs on a repository, one after the other, each on what a power cut left of the one
+    before; and examines what power cuts may leave of each."""
+
+    def __init__(self, repository: Path, work: Path) -> None:
+        self._repository = repository
+        self._work = work
+        self._before = Promise()
+        self.count = 0  # of power cuts examined
+
+    def run(
+        self, program: Callable[[World], None], rng: random.Random, *, count_max: int | None = None
+    ) -> None:
+        """Record ``program``, then examine at most ``count_max`` power cuts (None: all).
+
+        Raises: BrokenPromiseError.
+        """
+        recording, indexes = self._record(program)
+        crashes = list(recording.crashes(rng, random_count=1 if count_max is None else 3))
+        # None: it is lost. The last knows packs that the power cut took.
+        for crash in rng.sample(crashes, min(count_max or len(crashes), len(crashes))):
+            self.count += 1
+            examine(crash, self._work / "crashed", rng.choice([None, *indexes]))
+        self._go_on_from(rng.choice(crashes))
+
+    def _record(self, program: Callable[[World], None]) -> tuple[Recording, list[Path]]:
+        recording = Recording(self._repository)
+        indexes = [self._work / "index of the start", self._work / "index of the end"]
+        for path in indexes:
+            path.unlink(missing_ok=True)
+        with recording.running():
+            recording.note(self._before)
+            with Run(str(self._repository)) as run:
+                run.mount()
+                keep_index(run, indexes[0])
+                program(World(run, recording.note, _as_found(run, self._before)))
+                keep_index(run, indexes[1])
+        return recording, indexes
+
+    def _go_on_from(self, crash: Crash) -> None:
+        shutil.rmtree(self._repository)
+        write_image(crash.image, self._repository)
+        what = f"mounting after a cut in {crash.promise.what}"
+        self._before = replace(crash.promise, what=what, again=nothing, aim=None, gone="")
+
+
+def _as_found(run: Run, before: Promise) -> Promise:
+    """What is there, of the ways in which it might be."""
+    return Promise(
+        what="mounted",
+        must=_backups(run),
+        staged=(run.staged(),),
+        folders=before.folders,
+        metadata={volume: (run.service.get_metadata(volume),) for volume in before.metadata},
+    )
+
+
 def fingerprint(image: Image) -> bytes:
     digest = blake2b(digest_size=16)
     for name in sorted(image):
@@ -108,16 +165,15 @@ def keep_index(run: Run, path: Path) -> None:
     run.service.repository.index._environment.copy(str(path))
 
 
-def put_index(location: str, copy: Path | None) -> None:
+def put_index(folder: Path, copy: Path | None) -> None:
     """Have the next who opens the repository find this index, and believe it."""
-    with Service.open(location, beside_mount=False) as service:
-        name = _cache_name(service.config, service.repository.folder)
-    folder = cache_folder(name)
-    shutil.rmtree(folder)
+    config = decode_config((folder / CONFIG_NAME).read_bytes(), IdScheme())
+    cache = cache_folder(_cache_name(config, folder))
+    shutil.rmtree(cache, ignore_errors=True)
     if copy is not None:
-        folder.mkdir(parents=True)
-        shutil.copy(copy, folder / "index-1")
-        _boot_file(folder).write_text(_boot_id())
+        cache.mkdir(parents=True)
+        shutil.copy(copy, cache / "index-1")
+        _boot_file(cache).write_text(_boot_id())
 
 
 # -- looking ---------------------------------------------------------------------------------------
@@ -129,60 +185,62 @@ def examine(crash: Crash, folder: Path, index: Path | None) -> None:
     Raises: BrokenPromiseError.
     """
     write_image(crash.image, folder)
-    location = str(folder)
     try:
-        put_index(location, index)
-        _look(crash.promise, location)
-        _go_on(crash.promise, location)
-    except Exception as error:
+        put_index(folder, index)
+        with Run(str(folder)) as run:
+            _look(run, crash.promise)
+            run.mount()
+            _look_at_staged(run, crash.promise)
+            _go_on(run, crash.promise)
+    except Exception as error:  # whatever it is, the user would meet it
         raise BrokenPromiseError(f"{crash.what}: {type(error).__name__}: {error}") from error
     finally:
         shutil.rmtree(folder)
 
 
-def _look(promise: Promise, location: str) -> None:
-    """As a command does that is the first to come."""
-    with Run(location, is_mounting=False) as run:
-        found = _backups(run)
-        _compare(found, must=promise.must, may=_allowed(promise))
-        for volume, values in promise.metadata.items():
-            value = run.service.get_metadata(volume)
-            assert value in values, f"metadata of {volume} are {value}"
-        _verify(run)
+def _look(run: Run, promise: Promise) -> None:
+    """As the first does who comes."""
+    _compare(_backups(run), must=promise.must, may=_allowed(promise))
+    for volume, values in promise.metadata.items():
+        value = run.service.get_metadata(volume)
+        assert value in values, f"metadata of {volume} are {value}"
+    _verify(run)
 
 
-def _go_on(promise: Promise, location: str) -> None:
-    """As a mount does that comes next; then gc runs, and what was under way is tried again."""
-    with Run(location, is_mounting=True) as run:
-        assert not run.area.unreadable, run.area.unreadable
-        must = promise.must | promise.must_once_mounted
-        found = _backups(run)
-        _compare(found, must=must, may=_allowed(promise))
+def _look_at_staged(run: Run, promise: Promise) -> None:
+    """As the clients of a mount do."""
+    assert not run.area.unreadable, run.area.unreadable
+    must = promise.must | promise.must_once_mounted
+    _compare(_backups(run), must=must, may=_allowed(promise))
+    staged = run.staged()
+    assert staged in promise.staged, (
+        f"staged are {sizes(staged)}, not {' or '.join(map(str, map(sizes, promise.staged)))}"
+    )
+    missing = promise.folders - run.area.folders()
+    assert not missing, f"folders {missing} are lost"
+
+
+def _go_on(run: Run, promise: Promise) -> None:
+    """gc runs, and what was under way is tried again."""
+    staged, found = run.staged(), _backups(run)
+    run.gc()
+    assert run.staged() == staged, "gc took what is staged"
+    assert _backups(run) == found, "gc took backups"
+    promise.again(run)
+    if promise.aim is not None:
+        missing = set(promise.aim.must.values()) - set(_backups(run).values())
+        assert not missing, f"{names(missing)} was not made when tried again"
         staged = run.staged()
-        assert staged in promise.staged, (
-            f"staged are {sizes(staged)}, not {' or '.join(map(str, map(sizes, promise.staged)))}"
-        )
-        missing = promise.folders - run.area.folders()
-        assert not missing, f"folders {missing} are lost"
-        run.gc()
-        assert run.staged() == staged, "gc took what is staged"
-        assert _backups(run) == found, "gc took backups"
-        promise.again(run)
-        if promise.aim is not None:
-            aim = promise.aim
-            missing_again = set(aim.must.values()) - set(_backups(run).values())
-            assert not missing_again, f"{names(missing_again)} was not made when tried again"
-            staged = run.staged()
-            assert aim.staged[0].items() <= staged.items(), f"staged are {sizes(staged)}"
-            assert promise.gone not in staged, f"{promise.gone} is still staged"
-        _probe(run)
-        _verify(run)
+        assert promise.aim.staged[0].items() <= staged.items(), f"staged are {sizes(staged)}"
+        assert promise.gone not in staged, f"{promise.gone} is still staged"
+    _probe(run)
+    _verify(run)
 
 
 def _backups(run: Run) -> Backups:
     run.service.refresh()
     return {
-        record.backup_id: (record.volume, restored(run.service, record))
+        record.backup_id: (record.volume, run.service.open_image(record).read(0, record.size))
         for record in run.service.backups()
     }
 
@@ -217,14 +275,7 @@ def names(backups: object) -> str:
 
 
 def sizes(staged: dict[str, bytes]) -> dict[str, str]:
-    return {name: f"{len(data)}:{blake2b(data, digest_size=3).hexdigest()}" for name, data in staged.items()}
-
-
-@dataclass
-class Tally:
-    """How many power cuts were looked at."""
-
-    counts: Counter[str]
-
-    def __str__(self) -> str:
-        return ", ".join(f"{count} {what}" for what, count in self.counts.items())
+    return {
+        name: f"{len(data)}:{blake2b(data, digest_size=3).hexdigest()}"
+        for name, data in staged.items()
+    }

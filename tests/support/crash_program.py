@@ -33,6 +33,51 @@ def piece(rng: random.Random) -> tuple[int, bytes]:
     return rng.randrange(4 * CHUNK_SIZE), rng.randbytes(rng.choice((100, 5000, CHUNK_SIZE)))
 
 
+def staged_life(world: World) -> None:
+    """What clients of a mount do."""
+    chunk = CHUNK_SIZE
+    world.write("vm.img", (0, noise(3 * chunk - 700, seed=1)))
+    world.write("vm.img", (chunk, noise(2 * chunk, seed=2)))
+    world.write(
+        "db.img", (0, noise(2 * chunk, seed=3)), (2 * chunk, noise(chunk, seed=4)), synced=1
+    )
+    world.write("x.part", (0, noise(4 * chunk, seed=5)))
+    world.rename("x.part", "x.img")
+    world.write(".vm.tmp", (0, noise(4 * chunk, seed=6)))
+    world.rename(".vm.tmp", "vm.img")
+    world.rename("db.img", "db2.img")
+    world.make_folder("pool")
+    world.write("pool/a.img", (0, noise(2 * chunk, seed=7)), killed=True)
+    world.publish("pool/a.img")
+    world.begin("b.img", (0, noise(2 * chunk, seed=8)))
+    world.sync()
+    world.beside(chunk, noise(chunk, seed=9))
+    world.unlink("x.img")
+    world.gc()
+    world.finish((3 * chunk, noise(100, seed=10)))
+    world.truncate("vm.img", 5 * chunk)
+    world.truncate("vm.img", 2 * chunk)
+    world.gc()
+
+
+def life_by_commands(world: World) -> None:
+    """What commands do, without a copy into the mount."""
+    first = world.back_up("vm", noise(3 * CHUNK_SIZE, seed=1))
+    world.back_up("vm", overlaid(noise(3 * CHUNK_SIZE, seed=1), [(CHUNK_SIZE, b"x" * 20_000)]))
+    world.back_up("vm", noise(4 * CHUNK_SIZE, seed=3))
+    world.put_metadata("vm", {"number": 1})
+    world.put_metadata("vm", {"number": 2})
+    world.delete(first)
+    world.import_back(first)
+    world.delete(first)
+    world.gc()
+    world.back_up("db", noise(2 * CHUNK_SIZE, seed=4))
+    world.back_up("db", noise(3 * CHUNK_SIZE, seed=5))
+    world.prune("db")
+    world.gc()
+    world.put_metadata("vm", {"number": 3})
+
+
 class RandomProgram:
     """``count`` acts drawn by ``rng``."""
 

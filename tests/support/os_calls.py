@@ -46,7 +46,10 @@ Handler = Callable[[Call, Callable[..., Any]], Any]
 def watched_calls(folder: Path, handler: Handler) -> Iterator[None]:
     """Pass the calls that change something below ``folder`` to ``handler``."""
     watcher = _Watcher(folder, handler)
-    with mock.patch.multiple(os, **watcher.functions()), mock.patch.object(io, "open", watcher.io_open):
+    with (
+        mock.patch.multiple(os, **watcher.functions()),
+        mock.patch.object(io, "open", watcher.io_open),
+    ):
         yield
 
 
@@ -60,7 +63,7 @@ class _Opened:
 
 class _Watcher:
     def __init__(self, folder: Path, handler: Handler) -> None:
-        self._root = os.path.abspath(folder)  # noqa: PTH100 - compared with texts
+        self._root = os.path.abspath(folder)
         self._handler = handler
         self._lock = threading.RLock()
         self._opened: dict[int, _Opened] = {}
@@ -125,7 +128,7 @@ class _Watcher:
                 offset=opened.place if offset is None else offset,
                 data=data,
             )
-            written = int(self._handler(call, lambda size=len(data): act(data[:size])))
+            written = int(self._handler(call, lambda size=None: act(data[:size])))
             if offset is None:
                 opened.place += written
             return written
@@ -137,7 +140,8 @@ class _Watcher:
         with self._lock:
             opened = self._opened.get(file)
             if opened is None:
-                return act()
+                act()
+                return
             call = Call(kind="truncate", path=opened.path, opened=opened.number, size=size)
             self._handler(call, act)
 
@@ -148,7 +152,8 @@ class _Watcher:
         with self._lock:
             opened = self._opened.get(file)
             if opened is None:
-                return act()
+                act()
+                return
             call = Call(
                 kind="sync", path=opened.path, opened=opened.number, is_folder=opened.is_folder
             )
@@ -211,7 +216,7 @@ class _Watcher:
         if folder is not None:
             opened = self._opened.get(folder)
             return None if opened is None else f"{opened.path}/{text}".lstrip("/")
-        text = os.path.abspath(text)  # noqa: PTH100 - compared with texts
+        text = os.path.abspath(text)
         if text == self._root:
             return ""
         return text.removeprefix(f"{self._root}/") if text.startswith(f"{self._root}/") else None
@@ -240,10 +245,10 @@ class _WrittenFile:
     def write(self, data: Any) -> int:
         raw = data.encode() if isinstance(data, str) else bytes(data)
 
-        def act(size: int = len(raw)) -> int:
+        def act(size: int | None = None) -> int:
             self._file.write(data[:size])
             self._file.flush()
-            return size
+            return len(raw[:size])
 
         with self._lock:
             call = Call(
