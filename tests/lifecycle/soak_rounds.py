@@ -250,19 +250,14 @@ def load(folder: Path, commands: CommandServer, *, seconds: float) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument(
-        "--what",
-        choices=("use", "crash"),
-        default="use",
-        help="use of a mount with kills (the default), or power cuts of the engine",
-    )
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=None, help="default: another one each time")
     parser.add_argument(
         "--what",
-        choices=("kills", "load"),
+        choices=("kills", "load", "crash"),
         default="kills",
-        help="kills: random use with kills, compared with a model (default); load: 64 clients at once",
+        help="kills: random use with kills, compared with a model (default); load: 64 clients at "
+        "once; crash: power cuts of the engine",
     )
     parser.add_argument("--work", type=Path, default=None, help="folder for the repository")
     arguments = parser.parse_args()
