@@ -69,7 +69,7 @@ class FileRequests(Requests):
         if entry.kind is Kind.BACKUP:
             return self._open_backup(entry)
         if entry.kind in (Kind.STATUS, Kind.EVENTS):
-            await self._published_below("")  # so that they tell of what was closed before
+            await self._all_published()  # so that they tell of what was closed before
         return self._opened(TextReader(await self._content(entry)), direct=True)
 
     def _open_staged_reader(self, staged: StagedFile) -> FileInfo:

@@ -221,6 +221,12 @@ class Requests(pyfuse3.Operations):
             if any(_leads(path, volume) for volume in publishing.volumes):
                 await event.wait()
 
+    async def _all_published(self) -> None:
+        """The same of every staged file, those of temporary names too."""
+        await self._released(self._staged())
+        for event in list(self._publishing):
+            await event.wait()
+
     def _staged(self) -> list[StagedFile]:
         return self._area.files() if self._area is not None else []
 
