@@ -38,6 +38,7 @@ from backupfs.format.record import (
 )
 from backupfs.image import Image
 from backupfs.importing import import_record
+from backupfs.repairing import Repaired, adopt, repair
 from backupfs.reports import (
     Damage,
     DraftInfo,
@@ -83,6 +84,7 @@ __all__ = [
     "Policy",
     "PruneReport",
     "Record",
+    "Repaired",
     "RepositoryStats",
     "RetentionPolicy",
     "Service",
@@ -385,6 +387,22 @@ class Service:
             ],
             complete=not quick,
         )
+
+    def repair(self, *, dry_run: bool = False, progress: Progress = no_progress) -> Repaired:
+        """Save what is whole in damaged packs, make the index anew, find images without a record;
+        with ``dry_run`` only look. Deletes nothing. What is damaged for good is for ``verify``.
+
+        Raises: LockTimeout, StorageError.
+        """
+        return repair(self.repository, progress, dry_run=dry_run)
+
+    def adopt(self, root: str, *, volume: str, size: int | None = None) -> Record:
+        """Make an image without a record, found by ``repair``, a backup of ``volume``.
+
+        Raises: InvalidName, InvalidOption, LockTimeout, StorageError.
+        """
+        _check_volume(volume)
+        return adopt(self.repository, self.catalogue, root, volume=volume, size=size)
 
     # -- records and metadata ----------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("repository", "reports", "retention", "openvolume"),
     ("catalogue", "image"),
     ("staging", "selecting"),
-    ("copying", "importing"),
+    ("copying", "importing", "repairing"),
     ("service",),
     ("driver", "fuse", "hostfiles"),
     ("worker",),

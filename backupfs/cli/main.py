@@ -27,7 +27,8 @@ FAMILIES = {
             "stats": "Show how much is kept and what it takes.",
             "verify": "Check that every backup can be restored.",
             "gc": "Free the space that no backup needs any more.",
-        }
+        },
+        "repair": {"repair": "Save what can be saved of a damaged repository."},
     },
     "Backups": {
         "backups": {

@@ -135,7 +135,7 @@ class LocalStorage:
         try:
             os.link(source, target)
         except FileExistsError:
-            if not _same_bytes(source, target):
+            if not same_bytes(source, target):
                 source.unlink(missing_ok=True)
                 raise ObjectExists(name=str(target.relative_to(self.folder))) from None
         except OSError as error:
@@ -243,7 +243,18 @@ def _remove_older(path: Path, oldest: float) -> None:
             path.unlink()
 
 
-def _same_bytes(first: Path, second: Path) -> bool:
+def keep_as(source: Path, target: Path) -> None:
+    """Give a file a second name; it loses the first where there are no links. Raises: OSError."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        source.rename(target)
+
+
+def same_bytes(first: Path, second: Path) -> bool:
+    """Whether two files hold the same. Raises: OSError."""
     with first.open("rb") as one, second.open("rb") as other:
         while True:
             left, right = one.read(COMPARE_SIZE), other.read(COMPARE_SIZE)

@@ -163,3 +163,65 @@ def test_repository_whose_config_is_damaged_ends_with_3(run: Run, repo: Path) ->
 
     assert ended.code == 3
     assert "'config' is damaged" in ended.error_line
+
+
+# -- repair ------------------------------------------------------------------------------------
+
+
+def cut_footers(repo: Path) -> None:
+    for path in (repo / "packs").glob("*/*"):
+        path.write_bytes(path.read_bytes()[:-60])
+
+
+def test_repair_says_what_it_saved(run: Run, repo: Path, backup: dict[str, Any]) -> None:
+    cut_footers(repo)
+
+    told = run("repair", repo, "--dry-run")
+    done = run("repair", repo, "--json")
+
+    assert "blobs would be saved" in told.out and not (told.code and "gone:" not in told.out)
+    assert done.code == 0 and done.json["damage"] == []
+    assert {pack["set_aside"].partition("/")[0] for pack in done.json["packs"]} == {"damaged"}
+    assert run("verify", repo).code == 0
+    assert run("repair", repo).out == "nothing is gone: 1 backup verified\n"
+
+
+def test_repair_says_what_is_gone(run: Run, repo: Path, backup: dict[str, Any]) -> None:
+    damage_data(repo)
+
+    ended = run("repair", repo)
+
+    assert ended.code == 3
+    assert f"gone: vm@{backup['name'].removesuffix('.img')} ({backup['id']}) at " in ended.out
+
+
+def test_repair_adopts_an_image_without_a_record(
+    run: Run, repo: Path, backup: dict[str, Any], image: Path, tmp_path: Path
+) -> None:
+    run("delete", repo, backup["id"])
+    (lost,) = run("repair", repo, "--json").json["trees"]
+    assert lost["root"] in run("repair", repo).out
+
+    made = run("repair", repo, "--adopt", lost["root"][:10], "--volume", "found", "--size", "8M")
+
+    assert made.code == 0 and "made found@" in made.out
+    run("restore", repo, "found@latest", tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == image.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--adopt", "abcdef0123"),
+        ("--volume", "vm"),
+        ("--size", "1M"),
+        ("--adopt", "abcdef0123", "--volume", "vm"),
+        ("--adopt", "abcdef0123", "--volume", "vm", "--dry-run"),
+        ("--adopt", "", "--volume", "vm"),
+        ("--adopt", "abcdef0123", "--volume", "../x"),
+    ],
+)
+def test_repair_with_options_that_do_not_fit_is_wrong_usage(
+    run: Run, repo: Path, backup: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    assert run("repair", repo, *words).code == 2

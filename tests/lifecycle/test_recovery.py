@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -233,6 +234,18 @@ def test_rest_of_a_damaged_backup_is_saved(kept: Site) -> None:
     assert chunks.count(False) == 1
 
 
+def test_packs_without_footers_are_repaired_beside_the_mount(kept: Site) -> None:
+    for path in (kept.repo / "packs").glob("*/*"):
+        os.truncate(path, path.stat().st_size - 60)
+    follow = Follow(kept, "Damage")
+
+    assert "would be saved" in follow.block(5, code=3)
+    assert "nothing is gone" in follow.block(6)
+    assert_kept(kept)
+    assert_clean(kept)
+    assert len(list((kept.repo / "damaged").iterdir())) >= 2
+
+
 def test_configuration_is_all_that_cannot_be_made_again(kept: Site) -> None:
     copy = (kept.repo / "config").read_bytes()
     kept.unmount()
@@ -267,11 +280,26 @@ def test_lost_record_is_found_in_its_head(kept: Site) -> None:
     assert_same(kept.latest("vm-found").read_bytes(), DATA, "vm-found")
 
 
+def test_image_of_a_lost_record_is_adopted(kept: Site) -> None:
+    root = json.loads(kept.command("show", "vm@latest", "--json").stdout)["root"]
+    (kept.staging / "vm.img").unlink()
+    (kept.repo / "records" / f"{id_of(kept)}.msgpack").unlink()
+    example = {"3f9a01c27b45": root[:12], "20G": str(len(DATA))}
+
+    told = Follow(kept, "A damaged or lost record").block(3, **example)
+
+    assert root in told
+    assert becomes(lambda: kept.names("vm-found") != [], seconds=20)
+    assert_same(kept.latest("vm-found").read_bytes(), DATA, "vm-found")
+    kept.command("gc")
+    kept.assert_verified()
+
+
 def test_damaged_record_is_given_up(kept: Site) -> None:
     backup_id = id_of(kept)
     (kept.repo / "records" / f"{backup_id}.msgpack").write_bytes(b"damage")
 
-    Follow(kept, "A damaged or lost record").block(3, **{EXAMPLE_ID: backup_id})
+    Follow(kept, "A damaged or lost record").block(4, **{EXAMPLE_ID: backup_id})
 
     kept.command("gc")
     kept.assert_verified()
@@ -337,4 +365,4 @@ def test_every_recipe_is_tried() -> None:
 
     for title, blocks in recipes().items():
         assert not blocks or f'"{title}"' in text, title
-    assert sum(map(len, recipes().values())) == 21
+    assert sum(map(len, recipes().values())) == 24
