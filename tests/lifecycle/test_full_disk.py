@@ -15,47 +15,18 @@ from pathlib import Path
 import pytest
 from command_server import CommandServer
 from lifecycle_mount import KIB, MIB, Site, assert_same, becomes, content, site_in
+from small_disk import DISK_SIZE, Disk
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small disk")
 
-DISK_SIZE = 24 * MIB
 SECONDS_MAX = 20.0
-
-
-class Disk:
-    """A small file system, for a repository."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._filler = path / "filler"
-        path.mkdir(parents=True)
-        mount("-t", "tmpfs", "-o", f"size={DISK_SIZE}", "none", path)
-
-    @property
-    def free_size(self) -> int:
-        found = os.statvfs(self.path)
-        return found.f_bavail * found.f_frsize
-
-    def fill(self, *, leave: int = 0) -> None:
-        """Take all room but ``leave`` bytes."""
-        size = self.free_size - leave
-        with self._filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
-            while size > 0:
-                size -= file.write(bytes(min(size, MIB)))
-
-    def empty(self) -> None:
-        self._filler.unlink(missing_ok=True)
-
-
-def mount(*words: str | Path) -> None:
-    subprocess.run(["mount", *map(str, words)], check=True, timeout=30)
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
     disk = Disk(tmp_path / "disk")
     yield disk
-    subprocess.run(["umount", "-l", str(disk.path)], check=True, timeout=30)
+    disk.take_away()
 
 
 @pytest.fixture
