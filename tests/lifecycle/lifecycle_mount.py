@@ -347,7 +347,8 @@ def daemons_of(repo: Path) -> set[int]:
 def _is_backupfs(process_id: int) -> bool:
     """Not some process that has the number of one that is dead."""
     try:
-        return b"backupfs" in Path(f"/proc/{process_id}/cmdline").read_bytes()
+        words = Path(f"/proc/{process_id}/cmdline").read_bytes()
+        return b"backupfs" in words or b"command_server" in words  # a fork of the one or the other
     except OSError:
         return False
 

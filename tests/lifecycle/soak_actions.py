@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lifecycle_mount import KIB, Site
+from lifecycle_mount import KIB, Site, becomes
 from soak_model import Model, Promise
 
 IMAGE_SIZE_MAX = 1536 * KIB
@@ -34,7 +34,6 @@ class Action:
     commands: list[list[str | Path]] = field(default_factory=list)  # one after the other
     command: tuple[str | Path, ...] = ()  # or one of ours
     restores: tuple[Path, bytes] | None = None  # a file, and what it must hold afterwards
-    is_killable: bool = True  # False: other processes of it would go on for a while
     is_killed: bool = False  # by a kill of its own
 
     def run(self, site: Site, kill_after: float | None) -> None:
@@ -42,8 +41,7 @@ class Action:
         if self.command:
             self._run_ours(site, kill_after)
             return
-        limit = kill_after if self.is_killable else None
-        codes = [run_tool(words, limit) for words in self.commands]
+        codes = [run_tool(words, kill_after) for words in self.commands]
         self.promise.is_done = not any(codes)
         self.is_killed = KILLED in codes
 
@@ -57,19 +55,33 @@ class Action:
 
 
 def run_tool(words: list[str | Path], kill_after: float | None) -> int:
-    """The exit code of a program; ``KILLED`` where it was killed."""
+    """The exit code of a program; ``KILLED`` where it was killed, with all of its processes."""
     with subprocess.Popen(
         [os.fspath(word) for word in words],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     ) as process:
         try:
             return process.wait(TOOL_SECONDS if kill_after is None else kill_after)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             assert kill_after is not None, f"{words} does not end"
-            return process.wait(TOOL_SECONDS)
+            process.wait(TOOL_SECONDS)
+            # rsync is several processes, and the one that writes may live a moment longer.
+            assert becomes(lambda: not is_group_alive(process.pid), seconds=TOOL_SECONDS)
+            return KILLED
+
+
+def is_group_alive(group: int) -> bool:
+    """Whether a process of a group runs; those that only wait to be reaped do not."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_bytes().rpartition(b")")[2].split()
+            if int(fields[2]) == group and fields[0] not in (b"Z", b"X"):
+                return True
+    return False
 
 
 class Lane:
@@ -102,7 +114,7 @@ class Lane:
         if head is not None:
             choices += [(4, self.rsync_inplace), (1, self.forget)]
             if head.content:  # there is nothing to patch or publish in an empty one
-                choices += [(6, self.patch)]
+                choices += [(6, self.patch), (1, self.resize)]
                 choices += [(4, self.publish)] if head.is_held else []
         if backups:
             choices += [(2, self.delete), (3, self.export), (4, self.read), (1, self.restore)]
@@ -126,9 +138,7 @@ class Lane:
     def rsync(self, model: Model, rng: random.Random) -> Action:
         source, data = self._image(model, rng)
         words = ["rsync", "--ignore-times", source, self.staged]
-        action = self._whole("rsync", model, data, [words])
-        action.is_killable = False
-        return action
+        return self._whole("rsync", model, data, [words])
 
     def rename_in(self, model: Model, rng: random.Random) -> Action:
         source, data = self._image(model, rng)
@@ -170,7 +180,16 @@ class Lane:
         words = ["rsync", "--inplace", "--no-whole-file", "--ignore-times", source, self.staged]
         promise = Promise(self.volume, self.name, f"rsync --inplace to {self.name}")
         self._promise_change(promise, model, data, completes=True)
-        return Action(promise, [words], is_killable=False)
+        return Action(promise, [words])
+
+    def resize(self, model: Model, rng: random.Random) -> Action:
+        head = model.heads[self.name]
+        size = rng.choice((1, -1)) * rng.randint(1, PATCH_SIZE_MAX) + len(head.content)
+        data = head.content[: max(1, size)].ljust(size, b"\0")
+        words: list[str | Path] = ["truncate", f"--size={len(data)}", self.staged]
+        promise = Promise(self.volume, self.name, f"truncate {self.name} to {len(data)} bytes")
+        self._promise_change(promise, model, data, completes=False)
+        return Action(promise, [words])
 
     def _promise_change(
         self, promise: Promise, model: Model, data: bytes, *, completes: bool
@@ -202,7 +221,12 @@ class Lane:
         return Action(promise, command=("backup", source, "--volume", self.volume))
 
     def delete(self, model: Model, rng: random.Random) -> Action:
-        backup_id = rng.choice(model.of_volume(self.volume))
+        backups = model.of_volume(self.volume)
+        if len(backups) > 1 and rng.random() < 0.2:
+            promise = Promise(self.volume, self.name, "delete by prune", deleted=backups[0])
+            kept = str(len(backups) - 1)
+            return Action(promise, command=("prune", "--volume", self.volume, "--keep-last", kept))
+        backup_id = rng.choice(backups)
         promise = Promise(self.volume, self.name, f"delete {backup_id}", deleted=backup_id)
         if rng.random() < 0.3:
             return Action(promise, command=("delete", backup_id))

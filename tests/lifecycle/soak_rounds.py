@@ -9,6 +9,7 @@ exactly a kill hits does not, so a failure may take several runs to show again.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
@@ -25,6 +26,7 @@ import soak_crash
 from command_server import CommandServer
 from lifecycle_mount import (
     Site,
+    daemons_of,
     descriptors,
     is_alive,
     kill_and_wait,
@@ -81,6 +83,8 @@ class Soak:
         ]
         if rng.random() < 0.3:
             threads.append(threading.Thread(target=self._gc, args=(self._own_kill(rng),)))
+        if rng.random() < 0.15:
+            threads.append(threading.Thread(target=self._verify, args=(self._own_kill(rng),)))
         if number:
             threads.append(killer)
         for thread in threads:
@@ -144,13 +148,47 @@ class Soak:
         else:
             self.counts["gc"] += 1
 
+    def _verify(self, kill_after: float | None) -> None:
+        """Beside all else: what is deleted or moved meanwhile is no damage."""
+        command = self._site.begin("verify")
+        if kill_after is not None and not command.ended.wait(kill_after):
+            command.kill()
+            command.wait()
+            self.counts["verify killed"] += 1
+        elif command.wait() != 0:
+            self._failures.append(f"verify: {command.out()}{command.err()}")
+        else:
+            self.counts["verify"] += 1
+
     def _start_again(self, rng: random.Random, *, is_killed: bool) -> None:
         if not is_killed and rng.random() < 0.05:
             self._site.unmount()
             self.counts["remounts"] += 1
             is_killed = True
-        if is_killed:
-            self._site.mount(rng.choice(MOUNT_OPTIONS))
+        if not is_killed:
+            return
+        if rng.random() < 0.1:
+            shutil.rmtree(self._site.environment["XDG_CACHE_HOME"], ignore_errors=True)
+            self.counts["indexes lost"] += 1
+        while rng.random() < 0.15:
+            self._die_at_start(moment(rng))
+        self._site.mount(rng.choice(MOUNT_OPTIONS))
+
+    def _die_at_start(self, seconds: float) -> None:
+        """A daemon that is killed while it takes up what the one before it left."""
+        command = self._site.begin("mount", self._site.path)
+        time.sleep(seconds)
+        command.begun.wait()
+        children = set()
+        with contextlib.suppress(OSError):  # it has ended: then the daemon holds the staged files
+            os.kill(command.process_id, signal.SIGSTOP)  # or it would fork the daemon meanwhile
+            place = f"/proc/{command.process_id}/task/{command.process_id}/children"
+            children = set(map(int, Path(place).read_text().split()))
+        for process_id in children | daemons_of(self._site.repo):
+            kill_and_wait(process_id)
+        command.kill()
+        command.wait()
+        self.counts["killed at start"] += 1
 
     def _settle(self, actions: list[Action], *, is_killed: bool) -> None:
         for action in actions:
