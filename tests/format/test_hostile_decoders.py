@@ -143,7 +143,8 @@ def attempt(decoder: Decoder, data: bytes) -> None:
 
 
 def assert_bounded(decoder: Decoder, data: bytes) -> None:
-    peak = peak_of(lambda: attempt(decoder, data))
+    # The least of some: the interpreter and the library that draws allocate for themselves as well.
+    peak = min(peak_of(lambda: attempt(decoder, data)) for _ in range(1 + 2 * bool(LONG)))
     assert peak < PEAK_FREE + PEAK_FACTOR * len(data), (decoder.name, peak, len(data))
 
 

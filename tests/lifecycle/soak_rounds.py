@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import soak_crash
+import soak_tests
 from command_server import CommandServer
 from lifecycle_mount import (
     Site,
@@ -292,10 +293,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="default: another one each time")
     parser.add_argument(
         "--what",
-        choices=("kills", "load", "crash"),
+        choices=("kills", "load", "crash", *soak_tests.SUITES),
         default="kills",
         help="kills: random use with kills, compared with a model (default); load: 64 clients at "
-        "once; crash: power cuts of the engine",
+        "once; crash: power cuts of the engine; inputs: hostile bytes and words; at-once: models of many "
+        "processes, and heads that change while they are read",
     )
     parser.add_argument("--work", type=Path, default=None, help="folder for the repository")
     arguments = parser.parse_args()
@@ -303,6 +305,8 @@ def main() -> int:
         arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(1 << 32)
     )
     print(f"seed {seed}, {arguments.minutes:g} minutes", flush=True)
+    if arguments.what in soak_tests.SUITES:
+        return soak_tests.run(arguments.what, minutes=arguments.minutes, seed=seed)
     if arguments.what == "crash":
         return soak_crash.run(minutes=arguments.minutes, seed=seed, work=arguments.work)
     folder = Path(tempfile.mkdtemp(prefix="backupfs-soak-", dir=arguments.work))
