@@ -118,6 +118,9 @@ def test_backup_made_without_cinder_is_imported_from_its_record(cloud, tmp_path)
     data = image(3 * MIB)
     source = tmp_path / "web01.img"
     source.write_bytes(data)
+    metadata = tmp_path / "metadata.json"
+    metadata.write_text('{"of": "a kind that Cinder does not know"}')
+    cloud.run("metadata", cloud.repository, "web01", "--set", str(metadata))
     cloud.run("backup", cloud.repository, str(source))
     (stored,) = cloud.stored()
     told = cloud.record_of("web01@latest")

@@ -9,9 +9,12 @@ import pytest
 from cinder import exception, objects
 from cinder.db import api as db
 from cinder.objects import fields
+from oslo_config import cfg
 from stand_ins import MIB, Pulse, Wrapper, image, workers_alive
 
 from backupfs.cinder import BackupfsBackupDriver
+
+CONF = cfg.CONF
 
 
 def volume_of(cloud, volume):
@@ -87,6 +90,18 @@ def test_restore_brings_the_metadata_back(cloud):
 
     assert db.volume_metadata_get(cloud.context, target.id)["purpose"] == "database"
     assert volume_of(cloud, target).display_name == "a volume"
+
+
+def test_metadata_of_a_later_cinder_fail_the_restore(cloud):
+    """As with Cinder's own drivers: what its version means is unknown."""
+    CONF.set_override("backup_metadata_version", 3)
+    backup = cloud.back_up(cloud.volume(image(MIB)))
+    CONF.clear_override("backup_metadata_version")
+
+    with pytest.raises(exception.BackupOperationError):
+        cloud.restore(backup, cloud.volume(b""), is_new=True)
+
+    assert cloud.reread(backup).status == fields.BackupStatus.AVAILABLE
 
 
 def test_cancelled_restore_stops(cloud, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shlex
 import shutil
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from cinder import exception, interface
+from cinder.backup.driver import BackupDriver
+from cinder.interface import backup_driver
 from cinder.objects import fields
 from oslo_config import cfg
 from stand_ins import MIB, eventually, image
@@ -104,6 +107,15 @@ def test_service_without_its_repository_takes_no_work_until_it_is_started_again(
 
 def test_driver_can_delete_by_force(cloud):
     assert cloud.manager.check_support_to_force_delete(cloud.context)
+
+
+@pytest.mark.parametrize("base", [backup_driver.BackupDriver, BackupDriver])
+def test_driver_has_every_method_of_cinders_interface(base):
+    for name, method in inspect.getmembers(base, inspect.isfunction):
+        expected = list(inspect.signature(method).parameters)
+        ours = list(inspect.signature(getattr(BackupfsBackupDriver, name)).parameters)
+
+        assert ours[: len(expected)] == expected, name
 
 
 def test_driver_is_registered_and_lists_its_options():
