@@ -26,7 +26,8 @@ ENTRY = struct.Struct("<32sIII")
 assert ENTRY.size == 44
 
 PACK_SIZE_MAX = 1 << 30  # an entry's offset has 32 bits
-ENTRY_COUNT_MAX = 1 << 22
+# A footer is read, listed and entered as a whole: so many take 20 MiB meanwhile.
+ENTRY_COUNT_MAX = 1 << 17
 BLOB_SIZE_MAX = HEADER.size + PLAIN_SIZE_MAX
 PACKS_PREFIX = "packs/"
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from backupfs.ambient import Ambient
 from backupfs.errors import BackupfsError, StorageUnavailable
 from backupfs.format.ids import IdScheme
-from backupfs.format.pack import PackEntry, encode_footer, pack_name
+from backupfs.format.pack import ENTRY_COUNT_MAX, PackEntry, encode_footer, pack_name
 from backupfs.repository.index import BlobLocation, Index
 from backupfs.storage.base import SpooledFile, Storage
 from backupfs.storage.local import read_all, write_all
@@ -35,6 +35,7 @@ SEALING_PACKS_MAX = 4
 # A pack of small blobs ends here, so that its footer stays small and can always be read.
 PACK_ENTRIES_MAX = 1 << 16
 WRITE_PARTS_MAX = 512  # buffers of one writev(2); the system allows 1024
+assert PACK_ENTRIES_MAX + WRITE_PARTS_MAX <= ENTRY_COUNT_MAX
 
 
 @dataclass(slots=True)

@@ -218,6 +218,24 @@ def test_the_size_of_a_footer_is_bounded_before_it_is_read(entry_count, blobs_si
         pack.footer_size(tail)
 
 
+def test_the_largest_footer_takes_little_memory():
+    """Whoever opens a repository reads the footers of its new packs, wherever these come from."""
+    count = pack.ENTRY_COUNT_MAX
+    footer = pack.ENTRY.pack(bytes(32), 0, blob.HEADER.size, 0) * count
+    tail = pack.TAIL.pack(pack.MAGIC, pack.VERSION, 0, count, count * blob.HEADER.size)
+    data = footer + tail + IDS.digest("pack", footer + tail + PACK_ID)
+    tracemalloc.start()
+    try:
+        size = count * blob.HEADER.size + len(data)
+        entries = pack.decode_footer(PACK_ID, data, pack_size=size, ids=IDS)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert len(entries) == count
+    assert peak < 48 << 20
+
+
 def test_a_tail_that_claims_many_entries_costs_no_memory():
     data = forge(entry_count=pack.ENTRY_COUNT_MAX, blobs_size=1 << 30)
     tracemalloc.start()
