@@ -38,6 +38,7 @@ from backupfs.errors import (
     SourceFailed,
     VolumeNotFound,
 )
+from backupfs.format.pack import pack_name
 from backupfs.service import Record, RetentionPolicy, Service, init
 
 MOMENT = datetime(2026, 11, 22, 14, 25, 3, tzinfo=UTC)
@@ -588,6 +589,25 @@ def test_verify_names_the_backups_and_the_range_that_a_flipped_byte_hits(locatio
         assert restored(reader, hit)[3 * CHUNK_SIZE : 4 * CHUNK_SIZE] == own
         assert restored(reader, healed) == own
         assert is_clean(reader)
+
+
+def test_verify_names_a_range_once_where_one_damaged_chunk_fills_it(location):
+    """A disk wiped with ones: a finding for each of its chunks would fill the memory."""
+    wiped = b"\xff" * (300 * CHUNK_SIZE)
+    image = wiped + noise(CHUNK_SIZE, seed=1) + wiped[:-5]
+    with Service.open(location) as service:
+        record = back_up(service, image)
+        wiped_id = service.open_image(record).chunk_ids(0, 1)[0]
+        place = service.repository.index.find(wiped_id)
+    pack = Path(location) / pack_name(place.pack_id)
+    damaged = bytearray(pack.read_bytes())
+    damaged[place.offset + place.size - 1] ^= 1
+    pack.write_bytes(damaged)
+
+    with Service.open(location) as service:
+        found = [(damage.offset, damage.size) for damage in service.verify().damage]
+
+    assert found == [(0, 300 * CHUNK_SIZE), (301 * CHUNK_SIZE, 299 * CHUNK_SIZE)]
 
 
 def test_verify_names_a_damaged_record(service, location):

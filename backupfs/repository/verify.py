@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from backupfs.errors import (
     CorruptObject,
@@ -207,14 +207,16 @@ class Verification:
 
     def _hit(self, record: Record, bad: tuple[BlobId, int], offset: int, size: int) -> None:
         object_name, reason = self._bad[bad]
+        size = max(0, min(size, record.size - offset))
+        if self.findings:
+            last = self.findings[-1]
+            is_same = last.record is record and (last.object_name, last.reason) == self._bad[bad]
+            # One chunk may fill most of an image, a disk wiped with ones say: that is one range.
+            if is_same and (last.offset or 0) + (last.size or 0) == offset:
+                self.findings[-1] = replace(last, size=(last.size or 0) + size)
+                return
         self.findings.append(
-            Finding(
-                object_name=object_name,
-                reason=reason,
-                record=record,
-                offset=offset,
-                size=max(0, min(size, record.size - offset)),
-            )
+            Finding(object_name=object_name, reason=reason, record=record, offset=offset, size=size)
         )
 
 
