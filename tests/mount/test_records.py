@@ -285,7 +285,8 @@ def test_name_that_is_taken_by_another_backup_is_refused(mounted: Mounted) -> No
 def test_tools_fail_on_a_bad_record_and_keep_their_source(
     mounted: Mounted, exported: Exported, words: list[str]
 ) -> None:
-    bad = mounted.image(exported.content[:-1] + b"\0", "bad.msgpack")
+    content = exported.content
+    bad = mounted.image(content[:-1] + bytes([content[-1] ^ 1]), "bad.msgpack")
 
     assert run(*words, bad, mounted.backups, check=False).returncode != 0
 
