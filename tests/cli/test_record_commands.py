@@ -90,7 +90,8 @@ def test_bad_records_are_refused_and_good_ones_taken(
 ) -> None:
     good, bad, large = (tmp_path / name for name in ("good", "bad\x1b", "large"))
     good.write_bytes(exported(run, repo))
-    bad.write_bytes(exported(run, repo)[:-1] + b"\0")
+    record = exported(run, repo)
+    bad.write_bytes(record[:-1] + bytes([record[-1] ^ 1]))
     large.write_bytes(bytes(5 << 20))
     run("delete", repo, backup["id"])
 

@@ -145,7 +145,7 @@ def test_damaged_metadata_are_an_error_and_can_be_replaced():
     store = MetadataStore(storage, IDS)
     store.put("vm", {"owner": "ann"})
     for name, data in storage.objects.items():
-        storage.objects[name] = data[:-1] + b"?"
+        storage.objects[name] = data[:-1] + bytes([data[-1] ^ 1])
 
     with pytest.raises(CorruptObject):
         store.get("vm")
