@@ -21,7 +21,7 @@ from benchmarks.measure import MeasurementFailed, Stopwatch
 from benchmarks.workload import BLOCK_SIZE, data_ranges
 
 READ_SIZE = 128 << 10  # as cat and older cp read
-READS_PER_JOB = 4000
+READS_PER_JOB = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

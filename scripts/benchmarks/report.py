@@ -87,7 +87,7 @@ def table(figures: Figures, titles: Mapping[str, str], columns: Sequence[Column]
         "| --- |" + " ---: |" * len(columns),
     ]
     for subject, values in figures.items():
-        if any(column.figure in values for column in columns):
+        if any(values.get(column.figure) for column in columns):
             cells = [cell(values, reference, column) for column in columns]
             lines.append(f"| {titles[subject]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
