@@ -174,8 +174,17 @@ class StagingArea:
                 del self._files[old]
                 self._files[new] = staged
                 if replaced is not None:
-                    self._keeper.forget(replaced)
+                    self._forget_replaced(replaced)
             self._decide(staged)
+
+    def _forget_replaced(self, staged: StagedFile) -> None:
+        """The rename is done and durable. A state that cannot be removed is older than that of the
+        file which has its name now, so the next start knows what to do with it."""
+        try:
+            self._keeper.forget(staged)
+        except StorageError as error:
+            staged.unlinked = True
+            self.events.add("could not remove the state of", staged.name, str(error))
 
     def _keep_as(self, staged: StagedFile, name: str) -> None:
         """Make a new name durable; should that fail, the file has its old one."""
@@ -522,9 +531,9 @@ class StagingArea:
                 raise NameTaken(volume=volume, staged=other.name)
 
     def _forget(self, staged: StagedFile) -> None:
+        self._keeper.forget(staged)
         if self._files.get(staged.name) is staged:
             del self._files[staged.name]
-        self._keeper.forget(staged)
 
     @staticmethod
     def _is_left_partial(staged: StagedFile, old: str) -> bool:

@@ -54,12 +54,13 @@ class Keeper:
             raise staged.draft.error
         try:
             staged.draft.checkpoint()
+            staged.stored_bytes += staged.draft.take_added_size()
+            self.save(staged)
         except BackupfsError as error:
+            # The writer is told, and may give up: what it wrote so far must not pass as complete.
             staged.failure = str(error)
-            self._events.add("lost a write to", staged.name, str(error))
+            self._events.add("could not store a write to", staged.name, str(error))
             raise
-        staged.stored_bytes += staged.draft.take_added_size()
-        self.save(staged)
 
     def save(self, staged: StagedFile) -> None:
         with staged.state_lock:
@@ -68,10 +69,13 @@ class Keeper:
                 staged.is_saved = True
 
     def forget(self, staged: StagedFile) -> None:
-        """It is no more; a writer that still holds it open keeps no state of it."""
+        """It is no more; a writer that still holds it open keeps no state of it.
+
+        Raises: StorageError: it is what it was.
+        """
         with staged.state_lock:
-            staged.unlinked = True
             self._states.remove(staged.draft_id)
+            staged.unlinked = True
 
 
 def load_staged(

@@ -7,6 +7,7 @@ holds the folder.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -61,6 +62,10 @@ class StateStore:
         self._marks: defaultdict[str, dict[Path, int]] = defaultdict(dict)  # by draft: the flush
         for path in folder.glob(f"*{WRITING_SUFFIX}"):
             draft_id, _, number = path.name.removesuffix(WRITING_SUFFIX).partition(".")
+            if not self._path(draft_id).exists():  # removed just before a crash
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                continue
             # One that says nothing counts: that holds the draft.
             self._marks[draft_id][path] = int(number) if number.isdecimal() else sys.maxsize
 
@@ -98,9 +103,11 @@ class StateStore:
 
     def remove(self, draft_id: str) -> None:
         """Forget a draft; durable on return. Raises: StorageError."""
-        self.unmark_writing(draft_id)
         with translated():
             self._path(draft_id).unlink(missing_ok=True)
+        # After the state: should that stay, nobody may take it for one that was closed.
+        self.unmark_writing(draft_id)
+        with translated():
             sync_folder(self._folder)
 
     def mark_writing(self, draft_id: str, sequence: int) -> None:

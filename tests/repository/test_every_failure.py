@@ -233,6 +233,17 @@ def test_metadata(world, how):
 
 
 @pytest.mark.parametrize("how", HOWS)
+def test_making_the_index_anew(world, how):
+    """What could not be read then is read at the next look, and nothing is stored twice for it."""
+    for what, _failed in failures(world, lambda service: service.repository.renew_index(), how):
+        world.check(what)
+        with world.open() as service:
+            stored = service.stats().stored_bytes
+            service.delete(back_up(service, OLD, volume="again"))
+            assert service.stats().stored_bytes == stored, what
+
+
+@pytest.mark.parametrize("how", HOWS)
 def test_restore_and_verify(world, how):
     """Reading changes nothing, and what cannot be read is an error and never other bytes."""
     records: list[Record] = []

@@ -995,3 +995,39 @@ def test_copy_synced_in_its_middle_is_held_also_where_its_mark_is_lost(area, loc
         assert images(service) == []
         found.close()
     area.release(handle, interrupted=False)
+
+
+def test_copy_that_was_told_of_an_error_by_fsync_is_held(area, service, monkeypatch):
+    """Its program gives up and closes: what it wrote so far must not pass as complete."""
+    handle = create(area, "vm.img")
+    write(area, handle, IMAGE[: 3 * CHUNK_SIZE])
+
+    def fails(_states, _state):
+        raise StorageUnavailable(reason="Input/output error")
+
+    with monkeypatch.context() as context:
+        context.setattr(StateStore, "save", fails)
+        with pytest.raises(StorageUnavailable):
+            area.sync(handle)
+    close(area, handle)
+
+    assert state(area, "vm.img").startswith("held: writing failed")
+    assert images(service) == []
+    copy(area, "vm.img", IMAGE)
+    assert images(service) == [IMAGE]
+
+
+def test_file_that_cannot_be_removed_stays_in_view(area, monkeypatch):
+    copy(area, "vm.img", IMAGE)
+
+    def fails(_states, _draft_id):
+        raise StorageUnavailable(reason="Input/output error")
+
+    with monkeypatch.context() as context:
+        context.setattr(StateStore, "remove", fails)
+        with pytest.raises(StorageUnavailable):
+            area.unlink("vm.img")
+
+    assert content(area, "vm.img") == IMAGE
+    area.unlink("vm.img")
+    assert area.find("vm.img") is None

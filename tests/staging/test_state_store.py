@@ -182,18 +182,31 @@ def test_a_mark_says_that_writing_went_on_after_a_flush(store):
 
 
 def test_a_mark_that_cannot_be_read_counts(scratch, folder):
-    open_store(scratch).close()
-    (folder / f"{STATE.draft_id}.writing").write_text("")
+    store = open_store(scratch)
+    store.save(STATE)
+    store.close()
+    mark = folder / f"{STATE.draft_id}.writing"
+    mark.write_text("")
 
     store = open_store(scratch)
     assert store.was_writing(STATE.draft_id, 3)
     store.unmark_writing(STATE.draft_id)
     store.close()
+    assert not mark.exists()
+
+
+def test_a_mark_without_its_draft_is_removed(scratch, folder):
+    open_store(scratch).close()
+    (folder / f"{STATE.draft_id}.3.writing").write_text("")
+
+    open_store(scratch).close()
+
     assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
 def test_a_mark_outlives_its_holder(scratch):
     store = open_store(scratch)
+    store.save(STATE)
     store.mark_writing(STATE.draft_id, 2)
     store.mark_writing(STATE.draft_id, 3)
     store.close()

@@ -141,7 +141,7 @@ def _as_found(run: Run, before: Promise) -> Promise:
     """What is there, of the ways in which it might be."""
     return Promise(
         what="mounted",
-        must=_backups(run),
+        must=backups_of(run),
         staged=(run.staged(),),
         folders=before.folders,
         metadata={volume: (run.service.get_metadata(volume),) for volume in before.metadata},
@@ -200,7 +200,7 @@ def examine(crash: Crash, folder: Path, index: Path | None) -> None:
 
 def _look(run: Run, promise: Promise) -> None:
     """As the first does who comes."""
-    _compare(_backups(run), must=promise.must, may=_allowed(promise))
+    _compare(backups_of(run), must=promise.must, may=_allowed(promise))
     for volume, values in promise.metadata.items():
         value = run.service.get_metadata(volume)
         assert value in values, f"metadata of {volume} are {value}"
@@ -211,7 +211,7 @@ def _look_at_staged(run: Run, promise: Promise) -> None:
     """As the clients of a mount do."""
     assert not run.area.unreadable, run.area.unreadable
     must = promise.must | promise.must_once_mounted
-    _compare(_backups(run), must=must, may=_allowed(promise))
+    _compare(backups_of(run), must=must, may=_allowed(promise))
     staged = run.staged()
     assert staged in promise.staged, (
         f"staged are {sizes(staged)}, not {' or '.join(map(str, map(sizes, promise.staged)))}"
@@ -222,13 +222,13 @@ def _look_at_staged(run: Run, promise: Promise) -> None:
 
 def _go_on(run: Run, promise: Promise) -> None:
     """gc runs, and what was under way is tried again."""
-    staged, found = run.staged(), _backups(run)
+    staged, found = run.staged(), backups_of(run)
     run.gc()
     assert run.staged() == staged, "gc took what is staged"
-    assert _backups(run) == found, "gc took backups"
+    assert backups_of(run) == found, "gc took backups"
     promise.again(run)
     if promise.aim is not None:
-        missing = set(promise.aim.must.values()) - set(_backups(run).values())
+        missing = set(promise.aim.must.values()) - set(backups_of(run).values())
         assert not missing, f"{names(missing)} was not made when tried again"
         staged = run.staged()
         assert promise.aim.staged[0].items() <= staged.items(), f"staged are {sizes(staged)}"
@@ -237,7 +237,8 @@ def _go_on(run: Run, promise: Promise) -> None:
     _verify(run)
 
 
-def _backups(run: Run) -> Backups:
+def backups_of(run: Run) -> Backups:
+    """What is there, read from start to end."""
     run.service.refresh()
     return {
         record.backup_id: (record.volume, run.service.open_image(record).read(0, record.size))

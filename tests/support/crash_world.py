@@ -14,7 +14,7 @@ from typing import Any
 from support.crash_run import Act, Backups, Promise, Run, Staged, nothing
 
 from backupfs.ambient import Ambient
-from backupfs.errors import BackupNotFound, DraftNotFound
+from backupfs.errors import BackupfsError, BackupNotFound, DraftNotFound
 from backupfs.format.names import volume_of
 from backupfs.service import Record, RetentionPolicy
 from backupfs.staging.area import WriteHandle
@@ -60,6 +60,7 @@ class World:
         self.deleted: Backups = {}  # those that can be had back: gc has not run since
         self._records: dict[str, Record] = {}
         self._open: _Open | None = None
+        self._is_closing = False
         self._noted = note
         note(promise)
 
@@ -165,21 +166,49 @@ class World:
         now = [self.staged] if name in self.staged else [self.staged, self.staged | {name: b""}]
         self._begin(f"write {name}", again, now, aim=closed)
         handle = self.run.open(name, truncate=truncate)
-        for number, (offset, data) in enumerate(pieces):
-            if number == synced:
-                part = self.staged | {name: overlaid(base, pieces[:number])}
-                self._begin(f"sync {name}", again, [*now, part], aim=closed)
-                self.run.area.sync(handle)
-                self._begin(f"write on {name}", again, now := [part], aim=closed)
-            self.run.write(handle, offset, data)
-        made = self._to_be_made(name, whole, handle.staged, killed=killed)
-        self._begin(f"flush {name}", again, [*now, closed], may=made)
-        self.run.area.flush(handle, interrupted=killed)
+        try:
+            made = self._write(handle, name, base, pieces, now, again, synced, killed=killed)
+        except BackupfsError:
+            # The program gives up, and what it had open is closed.
+            if not self._is_closing:
+                with contextlib.suppress(BackupfsError):
+                    self.run.area.flush(handle, interrupted=killed)
+            self.run.area.release(handle, interrupted=killed)
+            raise
         self._begin(f"release {name}", again, [closed], must_once_mounted=made)
         self.run.area.release(handle, interrupted=killed)
         is_made = handle.staged.published_id in made
         assert is_made == bool(made), (name, handle.staged.state, handle.staged.reason)
         self._end(f"write {name}", closed, made)
+
+    def _write(
+        self,
+        handle: WriteHandle,
+        name: str,
+        base: bytes,
+        pieces: tuple[tuple[int, bytes], ...],
+        now: list[Staged],
+        again: Act,
+        synced: int | None,
+        *,
+        killed: bool,
+    ) -> Backups:
+        """Up to the return of close; the backup that is to come of it."""
+        self._is_closing = False
+        closed = self.staged | {name: overlaid(base, pieces)}
+        for number, (offset, data) in enumerate(pieces):
+            if number == synced:
+                part = self.staged | {name: overlaid(base, pieces[:number])}
+                self._begin(f"sync {name}", again, [*now, part], aim=closed)
+                self.run.area.sync(handle)
+                now = [part]
+                self._begin(f"write on {name}", again, now, aim=closed)
+            self.run.write(handle, offset, data)
+        made = self._to_be_made(name, closed[name], handle.staged, killed=killed)
+        self._begin(f"flush {name}", again, [*now, closed], may=made)
+        self._is_closing = True
+        self.run.area.flush(handle, interrupted=killed)
+        return made
 
     def begin(self, name: str, *pieces: tuple[int, bytes], truncate: bool = False) -> None:
         """Write pieces and go on to do other things; one copy at a time."""
