@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from backupfs.errors import DamageError
+from backupfs.errors import DamageError, StorageUnavailable
 from backupfs.format import tree
 from backupfs.format.tree import FANOUT, HOLE_NODE
 from backupfs.repository.blobs import BlobReader
 from backupfs.repository.chunks import ChunkStore
+from backupfs.storage.oserrors import is_want_of_resources
 from backupfs.types import BLOB_ID_SIZE, HOLE, BlobId, ceil_div
 
 # Changed nodes held in memory, 4 KiB each; more are stored early, in the middle of an image.
@@ -33,7 +34,7 @@ class Root:
 EMPTY = Root(HOLE, 1)
 
 # Told of a node that cannot be read: its id, its level, the first chunk below it, and why.
-OnDamage = Callable[[BlobId, int, int, DamageError], None]
+OnDamage = Callable[[BlobId, int, int, DamageError | StorageUnavailable], None]
 
 
 def leaf_ids(reader: BlobReader, root: Root, first: int, count: int) -> list[BlobId]:
@@ -99,7 +100,8 @@ def walk(
     """(index of the first chunk, ids of its leaf's chunks) of each leaf node entered.
 
     ``enter(node_id, level)`` says whether to look below a node. A node that cannot be read raises
-    its DamageError, or is told to ``on_damage(id, level, first chunk below, error)`` and left out.
+    its DamageError, or is told to ``on_damage(id, level, first chunk below, error)`` and left out;
+    one that the disk cannot read, StorageUnavailable, likewise.
     """
     stack = [(root.root, root.height, 0)]
     while stack:
@@ -108,8 +110,9 @@ def walk(
             continue
         try:
             entries = tree.node_entries(reader.node(blob_id, level))
-        except DamageError as error:
-            if on_damage is None:
+        except (DamageError, StorageUnavailable) as error:
+            wants = isinstance(error, StorageUnavailable) and is_want_of_resources(error)
+            if on_damage is None or wants:
                 raise
             on_damage(blob_id, level, first, error)
             continue

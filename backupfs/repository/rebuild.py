@@ -24,6 +24,7 @@ from backupfs.format.pack import (
 )
 from backupfs.repository.index import Index
 from backupfs.storage.base import Storage
+from backupfs.storage.oserrors import is_want_of_resources
 from backupfs.types import PackId
 
 log = logging.getLogger(__name__)
@@ -106,6 +107,8 @@ def _take_in(
         except ObjectNotFound:
             continue  # deleted since it was listed
         except StorageUnavailable as error:  # the disk cannot read this one; ask for the others
+            if is_want_of_resources(error):
+                raise
             log.warning("%s", error)
             yield CorruptObject(name=pack_name(pack_id), reason=error.reason)
         except CorruptObject as error:

@@ -17,6 +17,7 @@ from backupfs.format.record import (
     record_name,
 )
 from backupfs.storage.base import Storage
+from backupfs.storage.oserrors import is_want_of_resources
 from backupfs.types import ObjectName
 
 # One record that is damaged, or that the disk cannot read, is not all of them.
@@ -96,6 +97,8 @@ class RecordStore:
             except ObjectNotFound:
                 continue  # deleted since it was listed
             except UNREADABLE as error:
+                if isinstance(error, StorageUnavailable) and is_want_of_resources(error):
+                    raise
                 unreadable[record_name(backup_id)] = error
         return records, unreadable
 

@@ -30,6 +30,7 @@ from backupfs.repository.index import BlobLocation
 from backupfs.repository.marking import Marker
 from backupfs.repository.rebuild import list_packs, read_footer
 from backupfs.repository.repository import Repository
+from backupfs.storage.oserrors import is_want_of_resources
 from backupfs.types import HOLE, BlobId, PackId, Progress
 
 READERS = 2
@@ -96,7 +97,9 @@ class Verification:
             for error in damage
         )
 
-    def _bad_node(self, blob_id: BlobId, level: int, _first: int, error: DamageError) -> None:
+    def _bad_node(
+        self, blob_id: BlobId, level: int, _first: int, error: DamageError | StorageUnavailable
+    ) -> None:
         pack_id = error.fields.get("pack_id", "no pack")
         self._bad[blob_id, level] = (f"packs/…/{pack_id}", str(error))
         if isinstance(error, MissingBlob):
@@ -120,6 +123,8 @@ class Verification:
             self._unlisted.add(pack_id)
             return []
         except StorageUnavailable as error:  # the disk cannot read it
+            if is_want_of_resources(error):
+                raise
             self.note_objects([CorruptObject(name=pack_name(pack_id), reason=error.reason)])
             self._unlisted.add(pack_id)
             return []
@@ -162,6 +167,8 @@ class Verification:
         except ObjectNotFound:
             return
         except StorageUnavailable as error:  # the disk cannot read it, or some of it
+            if is_want_of_resources(error):
+                raise
             if len(group) == 1:
                 reason = f"{error.reason} (at offset {first.offset})"
                 self._bad[first.blob_id, first.level] = (name, reason)
@@ -191,7 +198,9 @@ class Verification:
         chunk_size = record.chunk_size
         hit_nodes: list[tuple[BlobId, int, int]] = []
 
-        def note_node(blob_id: BlobId, level: int, first: int, error: DamageError) -> None:
+        def note_node(
+            blob_id: BlobId, level: int, first: int, error: DamageError | StorageUnavailable
+        ) -> None:
             hit_nodes.append((blob_id, level, first))
             self._bad.setdefault((blob_id, level), ("no pack", str(error)))
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from backupfs.errors import StorageError, StorageFull, StorageReadOnly, StorageUnavailable
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_WANTING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -23,6 +24,12 @@ def storage_error(error: OSError) -> StorageError:
     if error.errno in _READ_ONLY:
         return StorageReadOnly(reason=reason)
     return StorageUnavailable(reason=reason)
+
+
+def is_want_of_resources(error: StorageUnavailable) -> bool:
+    """Whether this process, or its host, ran out of something: that says nothing of the disk."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in _WANTING
 
 
 @contextmanager
