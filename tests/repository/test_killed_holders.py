@@ -26,6 +26,13 @@ DOOMED = noise(20 * CHUNK_SIZE, seed=2)
 NEW = noise(20 * CHUNK_SIZE, seed=3)
 
 
+def say(word: Path, text: str) -> None:
+    """Whole or not at all: somebody waits for it."""
+    new = word.with_name("new word")
+    new.write_text(text)
+    new.rename(word)
+
+
 def act_and_stop(location: str, stop_at: str, act: Callable[[Service], object], word: Path) -> int:
     """A process that acts, and stops for ever before the call of its storage that begins so."""
     child = os.fork()
@@ -37,12 +44,12 @@ def act_and_stop(location: str, stop_at: str, act: Callable[[Service], object], 
 
             def stop(verb: str, name: str) -> None:
                 if f"{verb} {name}".startswith(stop_at):
-                    word.write_text("stopped")
+                    say(word, "stopped")
                     time.sleep(3600)
 
             storage.before = stop
             act(service)
-            word.write_text("ended")
+            say(word, "ended")
             time.sleep(3600)
     finally:
         os._exit(1)
@@ -209,7 +216,7 @@ def test_a_process_killed_while_it_writes_into_the_index_leaves_it_to_others(fil
                 index = service.repository.index
 
                 def stop(_transaction: object) -> bytes:
-                    word.write_text("stopped")
+                    say(word, "stopped")
                     time.sleep(3600)
                     return b""
 
