@@ -183,7 +183,8 @@ def test_whatever_is_listed_in_the_end_restores(location, scratch, cache_home, s
     shutil.rmtree(cache_home)
     check(location)
     with Service.open(location) as service:
-        service.gc()
+        for _ in range(2):  # what the first one copies may be small packs that the next one joins
+            service.gc()
         again = service.gc()
         assert (again.packs_deleted, again.packs_repacked) == (0, 0)
     assert [path for path in (Path(location) / "sessions").rglob("*") if path.is_file()] == []

@@ -197,7 +197,8 @@ def test_every_promise_is_kept_at_every_moment(
     check(location, log)
     with Service.open(location) as service:
         service.open_staging(Policy(), mountpoint=None).close()
-        service.gc()
+        for _ in range(2):  # what the first one copies may be small packs that the next one joins
+            service.gc()
         again = service.gc()
         assert (again.packs_deleted, again.packs_repacked) == (0, 0)
     for cache in scratch.glob("cache*"):
