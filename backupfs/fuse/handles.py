@@ -13,8 +13,8 @@ from backupfs.fuse.layout import Entry, Kind
 from backupfs.fuse.openers import Opener
 from backupfs.repository.images import Root
 from backupfs.service import Image, Record, Service
-from backupfs.staging.area import WriteHandle
 from backupfs.staging.staged_file import StagedFile
+from backupfs.staging.write_handle import WriteHandle
 
 
 @dataclass(slots=True)

@@ -35,9 +35,9 @@ from backupfs.fuse.openers import holds_for_writing, opener_of
 from backupfs.fuse.texts import Texts
 from backupfs.fuse.threads import Threads
 from backupfs.service import Service, StagingArea
-from backupfs.staging.area import WriteHandle
 from backupfs.staging.lifecycle import is_temporary
 from backupfs.staging.staged_file import StagedFile
+from backupfs.staging.write_handle import WriteHandle
 
 log = logging.getLogger(__name__)
 

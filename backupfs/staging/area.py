@@ -8,29 +8,24 @@ needed, the file's comes first.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
-from dataclasses import dataclass
-from typing import Any
 
 from backupfs.catalogue import Catalogue
 from backupfs.errors import (
-    BackupExists,
     BackupfsError,
     CorruptObject,
-    DamageError,
     DraftNotFound,
     InvalidName,
     NameTaken,
     NothingToPublish,
-    ObjectExists,
     StorageError,
 )
 from backupfs.format.names import PART_SIZE_MAX, check_volume_name, folders_of, volume_of
 from backupfs.format.record import Record
 from backupfs.repository.images import Root
 from backupfs.repository.repository import Repository
+from backupfs.staging.deciding import Decider
 from backupfs.staging.draft import NO_CONTENT, Content, Draft
 from backupfs.staging.events import EventLog
 from backupfs.staging.keeper import Keeper, load_staged
@@ -38,36 +33,14 @@ from backupfs.staging.lifecycle import (
     RENAME_FIRST,
     Policy,
     State,
-    decide,
     is_rsync_temporary,
     why_not_published,
 )
-from backupfs.staging.publish import Publication, publish
 from backupfs.staging.staged_file import StagedFile
 from backupfs.staging.state_store import StateStore
+from backupfs.staging.write_handle import WriteHandle
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class WriteHandle:
-    """One open-for-writing of a staged file."""
-
-    staged: StagedFile
-    sets_size_last: bool = False  # its program does so when it has written all, and only then
-    was_sized: bool = False  # its last change of data was setting the size
-    was_grown: bool = False  # … to more than what was written
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether its program has shown that all is written: rsync and scp set the size last."""
-        # Beyond what was written there are zeros, not a copy, unless the program is known.
-        return self.was_sized and (self.sets_size_last or not self.was_grown)
-
-    @property
-    def is_cut_short(self) -> bool:
-        """Whether its program would have shown that all is written, and did not."""
-        return self.sets_size_last and not self.was_sized
 
 
 class StagingArea:
@@ -92,6 +65,7 @@ class StagingArea:
         self._ambient = repository.ambient
         self.events = events
         self._keeper = Keeper(states, events)
+        self._decider = Decider(repository, catalogue, self._keeper, self._policy, events)
         self._writer = repository.writer()
         self._lock = threading.RLock()
         self._files: dict[str, StagedFile] = {}
@@ -175,7 +149,7 @@ class StagingArea:
                 self._files[new] = staged
                 if replaced is not None:
                     self._forget_replaced(replaced)
-            self._decide(staged)
+            self._decider.decide(staged)
 
     def _forget_replaced(self, staged: StagedFile) -> None:
         """The rename is done and durable. A state that cannot be removed is older than that of the
@@ -266,7 +240,7 @@ class StagingArea:
                 self._clear(staged)
             if handle is None and not staged.writers:
                 self._keeper.flush(staged, interrupted=False)
-                self._decide(staged)
+                self._decider.decide(staged)
 
     def flush(self, handle: WriteHandle, *, interrupted: bool, goes_on: bool = False) -> None:
         """What close(2) waits for: all written so far is durable, with the file's own state.
@@ -311,9 +285,9 @@ class StagingArea:
                 if staged.draft.is_dirty or staged.is_marked or not staged.is_saved:
                     self._keeper.flush(staged, interrupted=staged.interrupted)
             except BackupfsError as error:
-                self._hold(staged, f"writing failed: {error}")
+                self._decider.hold(staged, f"writing failed: {error}")
             else:
-                self._decide_alone(staged)
+                self._decider.decide_alone(staged)
 
     def set_attributes(
         self,
@@ -349,7 +323,7 @@ class StagingArea:
             if staged.volume is None:
                 raise InvalidName(name=name, reason=RENAME_FIRST)
             self._keeper.flush(staged, interrupted=False)
-            record = self._decide(staged, explicit=True)
+            record = self._decider.decide(staged, explicit=True)
             if record is None:
                 why = why_not_published(staged.state, staged.reason)
                 raise NothingToPublish(name=name, reason=why)
@@ -357,98 +331,13 @@ class StagingArea:
 
     def settled(self) -> list[StagedFile]:
         """Those that were quiet long enough; never waits."""
-        return [staged for staged in self.files() if self._has_settled(staged)]
+        return [staged for staged in self.files() if self._decider.has_settled(staged)]
 
     def publish_settled(self, staged: StagedFile) -> None:
         """Publish what has settled, unless it was touched again. Keeps its errors to itself."""
         with staged.lock:
-            if self._has_settled(staged):
-                self._decide_alone(staged, settled=True)
-
-    def _has_settled(self, staged: StagedFile) -> bool:
-        settle_at = staged.settle_at
-        is_waiting = staged.state is State.SETTLING and not staged.unlinked
-        return is_waiting and settle_at is not None and settle_at <= self._ambient.monotonic()
-
-    def _decide_alone(self, staged: StagedFile, *, settled: bool = False) -> None:
-        """For nobody who waits for the answer: an error holds the file, which says why."""
-        with contextlib.suppress(BackupfsError):
-            self._decide(staged, settled=settled)
-
-    def _decide(
-        self, staged: StagedFile, *, settled: bool = False, explicit: bool = False
-    ) -> Record | None:
-        """Publish or not. Raises: BackupfsError (publishing failed, and the file is held)."""
-        volume = staged.volume
-        latest = self._catalogue.latest(volume) if volume else None
-        facts = staged.facts(
-            latest_size=latest.size if latest else None, settled=settled, explicit=explicit
-        )
-        decision = decide(facts, self._policy)
-        if decision.state is State.HELD:
-            self._hold(staged, decision.reason)
-            return None
-        staged.state, staged.reason, staged.settle_at = decision.state, decision.reason, None
-        if decision.state is State.SETTLING:
-            staged.settle_at = self._ambient.monotonic() + self._policy.settle_seconds
-        if decision.state is not State.PUBLISHING:
-            return None
-        try:
-            return self._publish(staged)
-        except BackupfsError as error:
-            self._hold(staged, f"publishing failed: {error}", may_retry=True)
-            raise
-
-    def _publish(self, staged: StagedFile) -> Record:
-        assert staged.volume is not None
-        try:
-            record = self._write_record(staged, staged.volume)
-        except (BackupExists, ObjectExists):
-            # An earlier try did write its record, unknown to us, and the content is another now.
-            staged.next_id = self._ambient.new_uuid()
-            self._keeper.save(staged)
-            record = self._write_record(staged, staged.volume)
-        staged.became_backup(record.backup_id, self._ambient.new_uuid())
-        self.events.add("published", staged.name, f"{record.backup_id} as {record.name}")
-        # The backup exists, whether or not this is kept: its record tells the next start as well.
-        self._save_if_possible(staged)
-        return record
-
-    def _write_record(self, staged: StagedFile, volume: str) -> Record:
-        content = staged.draft.saved
-        publication = Publication(
-            volume=volume,
-            backup_id=staged.next_id,
-            data_timestamp=self._ambient.now(),
-            source_mtime_ns=staged.mtime_ns if staged.mtime_given else None,
-            source_mode=staged.mode,
-            stored_bytes=staged.stored_bytes,
-            metadata=self._metadata_of(volume),
-        )
-        with self._writer.session.holding(content.root):
-            return publish(self._repository, self._catalogue, content, publication)
-
-    def _metadata_of(self, volume: str) -> dict[str, Any] | None:
-        """A backup without its volume's metadata is better than none."""
-        try:
-            return self._repository.metadata.get(volume) or None
-        except DamageError as error:
-            self.events.add("published without metadata", volume, str(error))
-            return None
-
-    def _hold(self, staged: StagedFile, reason: str, *, may_retry: bool = False) -> None:
-        """``may_retry``: nothing speaks against the content, and the next start tries again."""
-        if (staged.state, staged.reason) != (State.HELD, reason):
-            self.events.add("held", staged.name, reason)
-        staged.state, staged.reason, staged.settle_at = State.HELD, reason, None
-        staged.may_retry = may_retry
-        self._save_if_possible(staged)
-
-    def _save_if_possible(self, staged: StagedFile) -> None:
-        try:
-            self._keeper.save(staged)
-        except StorageError as error:
-            self.events.add("could not keep the state of", staged.name, str(error))
+            if self._decider.has_settled(staged):
+                self._decider.decide_alone(staged, settled=True)
 
     # -- durability --------------------------------------------------------------------------------
 
@@ -487,19 +376,19 @@ class StagingArea:
         published = self._catalogue.get(staged.next_id)
         if published is not None and published.root == staged.draft.saved.root.root:
             staged.became_backup(published.backup_id, self._ambient.new_uuid())
-            self._save_if_possible(staged)
+            self._keeper.save_if_possible(staged)
             self._states.unmark_writing(staged.draft_id)  # void with it, or later writes are held
         elif self._states.was_writing(staged.draft_id, staged.sequence):
             staged.changed = staged.interrupted = staged.is_marked = True
-            self._hold(staged, "backupfs ended while it was being written")
+            self._decider.hold(staged, "backupfs ended while it was being written")
         elif staged.state is State.HELD or not self._decides_at_start:
             return  # what is held stays so
         elif staged.changed and staged.interrupted:
-            self._hold(staged, "backupfs ended while it was being written")
+            self._decider.hold(staged, "backupfs ended while it was being written")
         elif staged.changed:
             # A rename that had returned had published; of any other nobody was told.
             staged.renamed = not self._policy.publish_on_rename_only
-            self._decide_alone(staged)
+            self._decider.decide_alone(staged)
 
     # -- helpers -----------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from backupfs.errors import BackupfsError, CorruptObject
+from backupfs.errors import BackupfsError, CorruptObject, StorageError
 from backupfs.staging.draft import Content, Draft
 from backupfs.staging.events import EventLog
 from backupfs.staging.staged_file import StagedFile, root_of
@@ -67,6 +67,13 @@ class Keeper:
             if not staged.unlinked:
                 self._states.save(staged.to_state(staged.draft.saved))
                 staged.is_saved = True
+
+    def save_if_possible(self, staged: StagedFile) -> None:
+        """The same where the file is what it is, whether or not that can be kept."""
+        try:
+            self.save(staged)
+        except StorageError as error:
+            self._events.add("could not keep the state of", staged.name, str(error))
 
     def forget(self, staged: StagedFile) -> None:
         """It is no more; a writer that still holds it open keeps no state of it.

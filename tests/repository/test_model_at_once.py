@@ -31,7 +31,7 @@ from support.images import CHUNK_SIZE, PACK_SIZE, BytesSource, noise, restored
 
 from backupfs.errors import BackupExists, BackupNotFound, Busy, DamageError, MissingData
 from backupfs.service import Policy, Record, Service, StagingArea, init
-from backupfs.staging.area import WriteHandle
+from backupfs.staging.write_handle import WriteHandle
 
 EXAMPLES = int(os.environ.get("BACKUPFS_MODEL_EXAMPLES", "0"))
 STEPS = int(os.environ.get("BACKUPFS_MODEL_STEPS", "25"))

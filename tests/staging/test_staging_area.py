@@ -31,9 +31,10 @@ from backupfs.errors import (
 from backupfs.format.draft_state import DraftState
 from backupfs.repository.repository import Repository
 from backupfs.service import Policy, Service
-from backupfs.staging.area import StagingArea, WriteHandle
+from backupfs.staging.area import StagingArea
 from backupfs.staging.lifecycle import State
 from backupfs.staging.state_store import StateStore
+from backupfs.staging.write_handle import WriteHandle
 
 IMAGE = noise(20 * CHUNK_SIZE, seed=1)
 OTHER = noise(25 * CHUNK_SIZE, seed=2)

@@ -9,7 +9,7 @@ from typing import Any
 from support.images import BytesSource
 
 from backupfs.service import Policy, Record, Service, StagingArea
-from backupfs.staging.area import WriteHandle
+from backupfs.staging.write_handle import WriteHandle
 
 PIECE_SIZE = 50_000
 

@@ -17,10 +17,10 @@ from backupfs.ambient import Ambient
 from backupfs.errors import BackupfsError, BackupNotFound, DraftNotFound
 from backupfs.format.names import volume_of
 from backupfs.service import Record, RetentionPolicy
-from backupfs.staging.area import WriteHandle
 from backupfs.staging.keeper import _name_aside
 from backupfs.staging.lifecycle import State, is_temporary
 from backupfs.staging.staged_file import StagedFile
+from backupfs.staging.write_handle import WriteHandle
 
 
 def overlaid(content: bytes, pieces: Sequence[tuple[int, bytes]]) -> bytes:
