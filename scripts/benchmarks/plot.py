@@ -9,8 +9,8 @@ from xml.sax.saxutils import escape
 
 from benchmarks.report import MIB, Figures
 
-PANEL_WIDTH = 430
-LABEL_WIDTH = 215
+PANEL_WIDTH = 460
+LABEL_WIDTH = 245
 BAR_WIDTH = 150
 BAR_HEIGHT = 16
 HEADING_HEIGHT = 30
