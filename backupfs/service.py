@@ -173,6 +173,7 @@ class Service:
 
     def refresh(self) -> None:
         """Take in what other processes published, deleted or found damaged. Raises: StorageError."""
+        self.repository.storage.close_deleted()
         self.catalogue.refresh()
         self.repository.avoided.blobs = self.repository.index.damaged()
 

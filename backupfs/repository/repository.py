@@ -245,6 +245,7 @@ class Repository:
         with self._refresh_lock:
             damage = refresh_index(self.storage, self.ids, self.index)
             self.avoided.blobs = self.index.damaged()
+            self.storage.close_deleted()
             self._refreshed_at = self.ambient.monotonic()
             return damage
 

@@ -92,6 +92,12 @@ class LocalStorage:
             # Also where it is gone: who removed it may not have come to this.
             sync_folder(path.parent)
 
+    def close_deleted(self) -> None:
+        """Give up files kept open for reading that somebody deleted: until then they take room."""
+        with self._lock:
+            for name in [name for name, file in self._open_files.items() if not _has_name(file)]:
+                os.close(self._open_files.pop(name))
+
     def change_mark(self, prefix: str) -> int | None:
         """Equal to an earlier answer only if nothing was put to or deleted from the folder since.
 
@@ -192,6 +198,13 @@ class LocalStorage:
             else:
                 self._open_files.move_to_end(name)
             return os.dup(file)
+
+
+def _has_name(file: int) -> bool:
+    try:
+        return os.fstat(file).st_nlink > 0
+    except OSError:  # of a disk that is gone: looking again opens it again, or says so
+        return False
 
 
 def replace_file(path: Path, data: Buffer, *, token: str) -> None:

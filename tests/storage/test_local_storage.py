@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -246,3 +247,30 @@ def test_locations_are_folders(monkeypatch):
     for bad in ("", "s3://bucket", "file://"):
         with pytest.raises(InvalidOption):
             local_folder(bad)
+
+
+def test_what_another_deleted_is_not_kept_open(storage):
+    """A pack that was read takes room for as long as the daemon has it open, gc or not."""
+    storage.put_new(NAME, b"data")
+    kept = ObjectName("records/two.msgpack")
+    storage.put_new(kept, b"kept")
+    assert storage.get_range(NAME, 0, 4) == b"data"
+    assert storage.get_range(kept, 0, 4) == b"kept"
+    LocalStorage(storage.folder, Ambient()).delete(NAME)
+    assert open_below(storage.folder) == {f"{NAME} (deleted)", kept}
+
+    storage.close_deleted()
+
+    assert open_below(storage.folder) == {kept}
+    with pytest.raises(ObjectNotFound):
+        storage.get_range(NAME, 0, 4)
+
+
+def open_below(folder: Path) -> set[str]:
+    """Files in ``folder`` that this process has open."""
+    links = set()
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            links.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+    below = f"{folder}/"
+    return {link.removeprefix(below) for link in links if link.startswith(below)}
