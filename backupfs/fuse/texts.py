@@ -75,6 +75,7 @@ class Texts:
             **self._fixed,
             "volumes": len(catalogue.volumes()),
             "backups": len(catalogue.all()),
+            "index_lookups": self._service.repository.index.lookup_count,
             "unreadable_records": [str(error) for error in catalogue.unreadable()],
             "unreadable_drafts": [str(error) for error in self._area.unreadable]
             if self._area

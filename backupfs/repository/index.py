@@ -66,6 +66,7 @@ class Index:
         self._damaged = environment.open_db(b"damaged")  # whole blob id -> b""
         self._suspects = environment.open_db(b"suspects")  # pack id -> b""
         self._meta = environment.open_db(b"meta")
+        self.lookup_count = 0  # blobs asked for by this process, for who measures
         self._lock = threading.Lock()
         self._generation = -1
         self._pack_ids: dict[int, PackId] = {}
@@ -92,6 +93,8 @@ class Index:
         return self._find(blob_ids, with_damaged=False)
 
     def _find(self, blob_ids: Sequence[BlobId], *, with_damaged: bool) -> list[BlobLocation | None]:
+        with self._lock:
+            self.lookup_count += len(blob_ids)
         with self._reading() as transaction:
             pack_ids = self._known_packs(transaction)
             found = [transaction.get(blob_id[:KEY_SIZE], db=self._blobs) for blob_id in blob_ids]

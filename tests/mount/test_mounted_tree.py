@@ -264,6 +264,7 @@ def test_status_tells_of_the_mount_and_of_drafts(mounted: Mounted) -> None:
     assert Path(status["mountpoint"]) == mounted.path
     assert Path(status["location"]) == mounted.repo
     assert (status["volumes"], status["backups"]) == (1, 1)
+    assert status["index_lookups"] > 0
     (draft,) = status["drafts"]
     assert (draft["name"], draft["state"], draft["size"]) == ("web02.part", "held", len(IMAGE))
     assert draft["reason"]

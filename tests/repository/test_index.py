@@ -77,6 +77,15 @@ def test_what_was_added_is_found_in_the_order_asked(index):
     assert index.pack_ids() == {pack(1)}
 
 
+def test_every_blob_asked_for_counts_whether_it_is_there_or_not(index):
+    index.add_pack(pack(1), entries(1))
+
+    index.find_many([blob(1), blob(2)])
+    index.find_usable([blob(1)])
+
+    assert index.lookup_count == 3
+
+
 def test_of_two_places_the_later_counts(index):
     index.add_pack(pack(2), entries(5))
     index.add_pack(pack(1), entries(6, 5))
