@@ -18,6 +18,8 @@ from backupfs.types import Buffer
 # them one for so many bytes.
 CONTAINER_COUNT_FREE = 64
 CONTAINER_SIZE_MIN = 16
+# So few bytes hold no more containers than cost nothing worth checking.
+SMALL_SIZE = 4096
 
 
 class UndecodableError(ValueError):
@@ -39,6 +41,29 @@ def decode(data: Buffer, *, size_max: int) -> dict[str, Any]:
     if len(data) > size_max:
         raise UndecodableError(f"{len(data)} bytes, more than the {size_max} allowed")
     _check_claims(memoryview(data))
+    value = _unpacked(data, size_max, list_length_max=size_max)
+    try:
+        canonical = encode(value)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UndecodableError("values that have no canonical form") from error
+    if canonical != bytes(data):
+        raise UndecodableError("not in canonical form")
+    return value
+
+
+def decode_small(data: Buffer) -> dict[str, Any]:
+    """Decode one map without lists, of at most ``SMALL_SIZE`` bytes and in whatever form: the caller
+    encodes what it understood, and compares. Only lists take memory for what they claim.
+
+    Raises:
+        UndecodableError: too large, not msgpack, or not one map with string keys.
+    """
+    if len(data) > SMALL_SIZE:
+        raise UndecodableError(f"{len(data)} bytes, more than the {SMALL_SIZE} allowed")
+    return _unpacked(data, SMALL_SIZE, list_length_max=0)
+
+
+def _unpacked(data: Buffer, size_max: int, *, list_length_max: int) -> dict[str, Any]:
     try:
         value = msgpack.unpackb(
             data,
@@ -46,7 +71,7 @@ def decode(data: Buffer, *, size_max: int) -> dict[str, Any]:
             strict_map_key=True,
             max_str_len=size_max,
             max_bin_len=size_max,
-            max_array_len=size_max,
+            max_array_len=list_length_max,
             max_map_len=min(size_max, 4096),
             max_ext_len=0,
         )
@@ -54,12 +79,6 @@ def decode(data: Buffer, *, size_max: int) -> dict[str, Any]:
         raise UndecodableError(f"not msgpack ({type(error).__name__})") from error
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise UndecodableError("not a map with text keys")
-    try:
-        canonical = encode(value)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise UndecodableError("values that have no canonical form") from error
-    if canonical != bytes(data):
-        raise UndecodableError("not in canonical form")
     return value
 
 

@@ -142,6 +142,23 @@ def decode_record(data: Buffer, ids: IdScheme) -> Record:
     Raises:
         InvalidRecord: damaged, too large, of an unknown version, or not possible.
     """
+    return _decode_common(data, ids) or _decode_checked(data, ids)
+
+
+def _decode_common(data: Buffer, ids: IdScheme) -> Record | None:
+    """The record that is encoded as just these bytes; None where there is none, or they are many.
+
+    One comparison proves all: form, version, order, that no field is too many, and the digest.
+    """
+    try:
+        record = _from_fields(codec.Fields(codec.decode_small(data)))
+        return record if encode_record(record, ids) == bytes(data) else None
+    except (codec.UndecodableError, ValueError, TypeError, OverflowError):
+        return None
+
+
+def _decode_checked(data: Buffer, ids: IdScheme) -> Record:
+    """Check step by step, to say what is wrong; what is read is proven before it is understood."""
     try:
         value = codec.decode(data, size_max=RECORD_SIZE_MAX)
         fields = codec.Fields(value)

@@ -268,3 +268,39 @@ def test_many_small_maps_and_lists_are_taken_where_they_carry_something():
     value = {"roots": [[bytes(32), 3]] * 100_000}
 
     assert codec.decode(codec.encode(value), size_max=16 << 20) == value
+
+
+# -- small maps, whose form the caller checks ---------------------------------------------------
+
+
+def test_a_small_map_without_lists_decodes_in_any_form():
+    assert codec.decode_small(codec.encode({"a": 1, "b": {"c": None}})) == {
+        "a": 1,
+        "b": {"c": None},
+    }
+    assert codec.decode_small(b"\xde\0\x01\xa1a\x01") == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(codec.encode({"a": [1]}), id="a list"),
+        pytest.param(b"\x81\xa1a" + b"\xdd\x00\x0f\xff\xff" * 500, id="lists that claim much"),
+        pytest.param(b"\x81\xa1a" * 1000, id="maps in maps"),
+        pytest.param(b"\xdf\xff\xff\xff\xff", id="a map that claims much"),
+        pytest.param(b"\x81\xa1a\xdb\xff\xff\xff\xff", id="a text that claims much"),
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"\x01", id="a number"),
+        pytest.param(codec.encode({"a": "x" * codec.SMALL_SIZE}), id="more than small"),
+    ],
+)
+def test_what_is_no_small_map_is_refused_and_costs_little(data):
+    tracemalloc.start()
+    try:
+        with pytest.raises(UndecodableError):
+            codec.decode_small(data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 1 << 20

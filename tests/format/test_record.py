@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from backupfs.errors import InvalidRecord
 from backupfs.format import codec, tree
+from backupfs.format import record as record_module
 from backupfs.format.ids import IdScheme
 from backupfs.format.names import backup_name, check_volume_name
 from backupfs.format.record import (
@@ -142,6 +143,17 @@ def test_a_record_of_all_that_is_allowed_fits():
 
     assert len(data) < RECORD_SIZE_MAX
     assert decode_record(data, IDS) == record
+
+
+@given(records())
+@settings(max_examples=50, deadline=None)
+def test_both_ways_of_decoding_understand_the_same(record):
+    data = encode_record(record, IDS)
+
+    assert record_module._decode_checked(data, IDS) == record
+    assert record_module._decode_common(data, IDS) == (
+        record if len(data) <= codec.SMALL_SIZE else None
+    )
 
 
 # -- damage ------------------------------------------------------------------------------------
