@@ -9,14 +9,14 @@ from __future__ import annotations
 import bisect
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from backupfs.errors import CorruptObject, ObjectNotFound
+from backupfs.errors import CorruptObject
 from backupfs.format.names import order_of
-from backupfs.format.record import RECORDS_PREFIX, Record, record_name
-from backupfs.repository.records import UNREADABLE, RecordStore, as_damage
+from backupfs.format.record import RECORDS_PREFIX, Record, backup_id_of, record_name
+from backupfs.repository.records import RecordLoader, as_damage
 from backupfs.storage.local import LocalStorage
 
 log = logging.getLogger(__name__)
@@ -39,8 +39,8 @@ def _order(record: Record) -> tuple[str, int, str]:
 class Catalogue:
     """All backups of one repository by id, and by volume in order of time. Thread-safe."""
 
-    def __init__(self, records: RecordStore, storage: LocalStorage) -> None:
-        self._records = records
+    def __init__(self, loader: RecordLoader, storage: LocalStorage) -> None:
+        self._loader = loader
         self._storage = storage
         self._lock = threading.RLock()
         self._refreshing = threading.Lock()
@@ -70,19 +70,26 @@ class Catalogue:
         with self._lock:
             if mark is not None and mark == self._mark:
                 return
-            known = set(self._by_id)
-        listed = self._records.ids()
-        added = [record for backup_id in listed - known if (record := self._read(backup_id))]
+            known = {record_name(backup_id) for backup_id in self._by_id}
+        # By name alone, as this is done several times after each change: a name is used once.
+        listed = {f"{RECORDS_PREFIX}{name}" for name in self._storage.names(RECORDS_PREFIX)}
+        new = {backup_id for name in listed - known if (backup_id := backup_id_of(name))}
+        gone = {backup_id for name in known - listed if (backup_id := backup_id_of(name))}
+        records, unreadable = self._loader.load(new)
         with self._lock:
             # Published by this process since the listing: neither known then nor listed.
-            removed = [self._by_id[backup_id] for backup_id in known - listed & set(self._by_id)]
-            for backup_id in set(self._unreadable) - listed:
-                del self._unreadable[backup_id]
-            added = [record for record in added if record.backup_id not in self._by_id]
-            for record in added:
-                self._insert(record)
+            removed = [self._by_id[backup_id] for backup_id in gone if backup_id in self._by_id]
+            added = [record for record in records.values() if record.backup_id not in self._by_id]
+            self._insert(added)
             for record in removed:
                 self._remove(record)
+            for backup_id in unreadable.keys() - self._unreadable.keys():
+                log.error("%s", unreadable[backup_id])
+            self._unreadable = {
+                backup_id: as_damage(record_name(backup_id), error)
+                for backup_id, error in unreadable.items()
+                if backup_id not in self._by_id
+            }
             # One that could not be read may be readable at the next look.
             self._mark = None if self._unreadable else mark
             self._tell(Change(tuple(added), tuple(removed)))
@@ -92,7 +99,8 @@ class Catalogue:
         with self._lock:
             if record.backup_id in self._by_id:
                 return
-            self._insert(record)
+            self._unreadable.pop(record.backup_id, None)
+            self._insert([record])
             self._tell(Change(added=(record,)))
 
     def remove(self, record: Record) -> None:
@@ -144,22 +152,11 @@ class Catalogue:
         with self._lock:
             return list(self._unreadable.values())
 
-    def _read(self, backup_id: str) -> Record | None:
-        try:
-            return self._records.get(backup_id)
-        except ObjectNotFound:
-            return None  # deleted since it was listed
-        except UNREADABLE as error:
-            if backup_id not in self._unreadable:
-                log.error("%s", error)
-            self._unreadable[backup_id] = as_damage(record_name(backup_id), error)
-            return None
-
-    def _insert(self, record: Record) -> None:
-        self._unreadable.pop(record.backup_id, None)
-        self._by_id[record.backup_id] = record
-        _put(self._by_volume, record.volume, record)
-        _put(self._by_name, (record.volume, record.name), record)
+    def _insert(self, records: Sequence[Record]) -> None:
+        for record in records:
+            self._by_id[record.backup_id] = record
+        _put(self._by_volume, [(record.volume, record) for record in records])
+        _put(self._by_name, [((record.volume, record.name), record) for record in records])
 
     def _remove(self, record: Record) -> None:
         del self._by_id[record.backup_id]
@@ -175,8 +172,18 @@ class Catalogue:
                     log.exception("a change of the catalogue was not followed")
 
 
-def _put(table: dict[Key, list[Record]], key: Key, record: Record) -> None:
-    bisect.insort(table.setdefault(key, []), record, key=_order)
+def _put(table: dict[Key, list[Record]], keyed: Sequence[tuple[Key, Record]]) -> None:
+    places: dict[Key, int] = {}
+    for key, record in keyed:
+        found = table.setdefault(key, [])
+        places[key] = places.get(key, 0) + 1
+        found.append(record)
+    for key, added_count in places.items():
+        if added_count == 1:
+            found = table[key]
+            bisect.insort(found, found.pop(), key=_order)
+        else:
+            table[key].sort(key=_order)
 
 
 def _take(table: dict[Key, list[Record]], key: Key, record: Record) -> None:

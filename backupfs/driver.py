@@ -143,7 +143,10 @@ class BackupDriver:
     # -- records ---------------------------------------------------------------------------------
 
     def export_record(self, backup: Any) -> dict[str, Any]:
-        """What ``import_record`` needs, of types that JSON has. Raises: BackupNotFound."""
+        """What ``import_record`` needs, of types that JSON has.
+
+        Raises: BackupNotFound, CorruptObject, StorageError.
+        """
         record = _existing(self.service, backup)
         return {
             RECORD_KEY: base64.b64encode(self.service.export_record(record)).decode(),

@@ -11,6 +11,7 @@ from backupfs.errors import (
     InvalidRecord,
     MissingData,
     ObjectExists,
+    ObjectNotFound,
 )
 from backupfs.format.record import Record, decode_record
 from backupfs.repository.images import Root
@@ -49,6 +50,7 @@ def import_record(repository: Repository, catalogue: Catalogue, data: bytes) -> 
         if earlier is not None:
             if earlier != record:
                 raise BackupExists(backup_id=record.backup_id)
+            _replace_damaged(repository, record)  # known from memory, perhaps
             return record, True
         other = catalogue.by_name(record.volume, record.name)
         if other is not None:
@@ -65,13 +67,21 @@ def _put(repository: Repository, record: Record) -> None:
     try:
         repository.records.put(record)
     except ObjectExists:
-        try:
-            repository.records.get(record.backup_id)
-        except CorruptObject:
-            repository.records.delete(record.backup_id)
-            repository.records.put(record)
-        else:
+        if not _replace_damaged(repository, record):
             raise
+
+
+def _replace_damaged(repository: Repository, record: Record) -> bool:
+    """Write the record if what is stored of it is damaged; whether it was."""
+    try:
+        repository.records.get(record.backup_id)
+    except ObjectNotFound:
+        return False  # deleted just now
+    except CorruptObject:
+        repository.records.delete(record.backup_id)
+        repository.records.put(record)
+        return True
+    return False
 
 
 def _check_fits(repository: Repository, record: Record) -> None:

@@ -20,6 +20,7 @@ from backupfs.errors import (
     BackupNotFound,
     DamageError,
     InvalidName,
+    ObjectNotFound,
     VolumeNotFound,
 )
 from backupfs.format.config import (
@@ -126,7 +127,7 @@ class Service:
         self.repository = repository
         self.config = repository.config
         self.location = repository.location
-        self.catalogue = Catalogue(repository.records, repository.storage)
+        self.catalogue = Catalogue(repository.loader, repository.storage)
         self.catalogue.refresh()
 
     @classmethod
@@ -408,8 +409,20 @@ class Service:
     # -- records and metadata ----------------------------------------------------------------------
 
     def export_record(self, record: Record) -> bytes:
-        """The record as it is stored: with the packs, all that is needed to have the backup back."""
-        return encode_record(record, self.repository.ids)
+        """The record as it is stored: with the packs, all that is needed to have the backup back.
+
+        Read anew: what is handed out to be kept shall say that the stored one is damaged.
+
+        Raises: BackupNotFound, CorruptObject, StorageError.
+        """
+        try:
+            return self.repository.records.get_with_data(record.backup_id)[1]
+        except ObjectNotFound as error:
+            raise BackupNotFound(selector=record.backup_id) from error
+
+    def record_size(self, record: Record) -> int:
+        """Bytes of what ``export_record`` gives; from memory."""
+        return len(encode_record(record, self.repository.ids))
 
     def import_record(self, data: bytes) -> ImportOutcome:
         """Take a backup in from its record; nothing changes on failure.

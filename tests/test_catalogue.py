@@ -16,8 +16,9 @@ from backupfs.catalogue import Catalogue, Change
 from backupfs.errors import StorageError
 from backupfs.format.ids import IdScheme
 from backupfs.format.record import record_name
-from backupfs.repository.records import RecordStore
+from backupfs.repository.records import RecordLoader, RecordStore
 from backupfs.service import Record, Service
+from backupfs.storage.local import LocalStorage
 
 
 @pytest.fixture
@@ -28,7 +29,12 @@ def stepped(location: str) -> SteppedStorage:
 @pytest.fixture
 def catalogue(stepped: SteppedStorage, service: Service) -> Catalogue:
     """Another process's view of the same records."""
-    return Catalogue(RecordStore(stepped, IdScheme(), service.config), stepped)
+    return uncached(stepped, service)
+
+
+def uncached(storage: LocalStorage, service: Service) -> Catalogue:
+    records = RecordStore(storage, IdScheme(), service.config)
+    return Catalogue(RecordLoader(records, storage, None), storage)
 
 
 def ids(catalogue: Catalogue) -> list[str]:
@@ -244,7 +250,7 @@ def test_a_record_that_could_not_be_read_for_a_moment_comes_back(service, locati
     records = in_order(service, 3)
     storage = FaultyStorage(location)
     monkeypatch.setattr(storage, "change_mark", lambda _prefix: 7)
-    catalogue = Catalogue(RecordStore(storage, IdScheme(), service.config), storage)
+    catalogue = uncached(storage, service)
     storage.fail_at(3, UNAVAILABLE)
     with contextlib.suppress(StorageError):
         catalogue.refresh()

@@ -63,6 +63,12 @@ def decode_small(data: Buffer) -> dict[str, Any]:
     return _unpacked(data, SMALL_SIZE, list_length_max=0)
 
 
+def decode_own(data: Buffer) -> dict[str, Any]:
+    """Decode what ``encode`` made on this host and a digest has proven since: nothing is checked."""
+    value: dict[str, Any] = msgpack.unpackb(data, raw=False)
+    return value
+
+
 def _unpacked(data: Buffer, size_max: int, *, list_length_max: int) -> dict[str, Any]:
     try:
         value = msgpack.unpackb(

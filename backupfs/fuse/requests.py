@@ -148,6 +148,8 @@ class Requests(pyfuse3.Operations):
         return attributes
 
     async def _text_size(self, entry: Entry) -> int:
+        if entry.kind is Kind.RECORD:
+            return self._texts.record_size(entry)
         try:
             return len(await self._content(entry))
         except (DamageError, StorageError):
@@ -167,7 +169,7 @@ class Requests(pyfuse3.Operations):
             return bytes(self._sidecars[entry.key].buffer)
         if entry.kind not in _MADE:
             raise FUSEError(errno.EACCES)
-        if entry.kind is Kind.METADATA:  # the one that only the disk knows
+        if entry.kind in (Kind.METADATA, Kind.RECORD):  # what the disk says
             return await self.threads.slow(self._texts.content, entry)
         return self._texts.content(entry)
 

@@ -33,7 +33,8 @@ Mount a backup:  mount -o loop,ro,noload volumes/NAME/latest.img /mnt
 
 
 class Texts:
-    """Contents of those files; but for METADATA from memory, so that the event loop may ask."""
+    """Contents of those files; but for METADATA and RECORD from memory, so that the event loop may
+    ask. Sizes of records are from memory too."""
 
     def __init__(
         self,
@@ -68,6 +69,10 @@ class Texts:
             return _json(self._service.get_metadata(entry.key))
         assert entry.kind is Kind.RECORD
         return self._service.export_record(self._service.resolve(entry.key))
+
+    def record_size(self, entry: Entry) -> int:
+        """Bytes of a record's content. Raises: BackupNotFound."""
+        return self._service.record_size(self._service.resolve(entry.key))
 
     def _status(self) -> dict[str, Any]:
         catalogue = self._service.catalogue

@@ -36,7 +36,8 @@ from backupfs.repository.index import Index
 from backupfs.repository.metadata import MetadataStore
 from backupfs.repository.packer import Packer
 from backupfs.repository.rebuild import refresh_index
-from backupfs.repository.records import RecordStore
+from backupfs.repository.record_cache import RecordCache
+from backupfs.repository.records import RecordLoader, RecordStore
 from backupfs.repository.sessions import Session
 from backupfs.repository.workers import Credit, OpenShare, Workers
 from backupfs.storage.local import LocalStorage, make_folders, sync_folder
@@ -176,9 +177,11 @@ class Repository:
                 compression_level=compression_level,
             )
         self.lock_seconds_max = LOCK_SECONDS_MAX if lock_seconds_max is None else lock_seconds_max
-        self.index = Index.open(cache_folder(_cache_name(self.config, self.folder)))
+        cache = cache_folder(_cache_name(self.config, self.folder))
+        self.index = Index.open(cache)
         self.avoided = Avoided()
         self.records = RecordStore(storage, self.ids, self.config)
+        self.loader = RecordLoader(self.records, storage, RecordCache(cache, self.ids))
         self.metadata = MetadataStore(storage, self.ids)
         self.reader = BlobReader(
             storage=storage,

@@ -20,6 +20,10 @@ from backupfs.storage.base import ObjectInfo, SpooledFile
 from backupfs.storage.oserrors import storage_error, translated
 from backupfs.types import Buffer, ObjectName
 
+# What tells whether a file is the one it was, and unchanged: inode number, size, and the times, in
+# nanoseconds, when its content and its inode were changed.
+Stamp = tuple[int, int, int, int]
+
 OPEN_FILES_MAX = 64
 COMPARE_SIZE = 1 << 20
 TEMPORARY_AGE_MAX = 24 * 3600.0  # seconds after which a temporary file has no living writer
@@ -97,6 +101,23 @@ class LocalStorage:
         with self._lock:
             for name in [name for name, file in self._open_files.items() if not _has_name(file)]:
                 os.close(self._open_files.pop(name))
+
+    def names(self, prefix: str) -> set[str]:
+        """The names in one folder, without those that ``list`` leaves out; nothing is looked at."""
+        with translated():
+            try:
+                return {name for name in os.listdir(self.folder / prefix) if name[0] != "."}
+            except FileNotFoundError:
+                return set()
+
+    def stamp(self, name: ObjectName) -> Stamp | None:
+        """Equal to an earlier answer only if the object is the same file, with the same bytes, as
+        far as the file system knows. None: it cannot be told."""
+        try:
+            status = os.stat(f"{self.location}/{name}")
+        except OSError:
+            return None
+        return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
     def change_mark(self, prefix: str) -> int | None:
         """Equal to an earlier answer only if nothing was put to or deleted from the folder since.

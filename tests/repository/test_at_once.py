@@ -67,7 +67,7 @@ def restore_one(service: Service, choice: random.Random) -> None:
         check_restore(service, record)
     except DamageError:
         # Deleted, and collected, while it was read.
-        assert record.backup_id not in service.repository.records.ids()
+        assert record.backup_id not in service.repository.records.get_all()[0]
 
 
 def delete_and_import(service: Service, choice: random.Random) -> None:

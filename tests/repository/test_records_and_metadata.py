@@ -40,7 +40,7 @@ def test_a_record_is_read_as_it_was_put(service):
     records = RecordStore(service.repository.storage, IDS, service.config)
 
     assert records.get(record.backup_id) == record
-    assert records.ids() == {record.backup_id}
+    assert records.get_all()[0].keys() == {record.backup_id}
     records.put(record)
     records.delete(record.backup_id)
     records.delete(record.backup_id)
@@ -76,7 +76,7 @@ def test_files_that_are_no_records_are_not_listed(service):
     for name in ("records/README.msgpack", "records/x/y.msgpack"):
         service.repository.storage.put_new(ObjectName(name), b"?")
 
-    assert service.repository.records.ids() == set()
+    assert service.repository.records.get_all()[0].keys() == set()
 
 
 # -- metadata ----------------------------------------------------------------------------------

@@ -72,6 +72,9 @@ class FaultyStorage(LocalStorage):
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         yield from self._call("list", prefix, lambda: [*super(FaultyStorage, self).list(prefix)])
 
+    def names(self, prefix: str) -> set[str]:
+        return set(self._call("list", prefix, lambda: super(FaultyStorage, self).names(prefix)))
+
     def delete(self, name: ObjectName) -> None:
         self._call("delete", name, lambda: super(FaultyStorage, self).delete(name))
 
@@ -125,6 +128,12 @@ class SteppedStorage(LocalStorage):
         listed = [*super().list(prefix)]
         self.after("list", prefix)
         return iter(listed)
+
+    def names(self, prefix: str) -> set[str]:
+        self.before("list", prefix)
+        listed = super().names(prefix)
+        self.after("list", prefix)
+        return listed
 
     def delete(self, name: ObjectName) -> None:
         self.before("delete", name)
