@@ -1,6 +1,7 @@
 """A blob: one chunk or tree node as it lies in a pack, header and payload (pure).
 
-The header says what the payload is, so that a pack whose footer is lost can still be read.
+The header says what the payload is, so that a pack whose footer is lost can still be read. A chunk
+may be kept as its *difference* to another one, its base: reading it then takes both.
 Layout in docs/format.md, "Blob". Nothing here trusts a size it read: the payload is as long as the
 pack says, and decompresses to exactly the size the header and the caller agree on, or not at all.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import struct
 import threading
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +19,20 @@ import zstandard
 
 from backupfs.format.ids import IdScheme
 from backupfs.format.tree import NODE_SIZE
-from backupfs.types import BLOB_ID_SIZE, BlobId, Buffer
+from backupfs.types import BLOB_ID_SIZE, HOLE, BlobId, Buffer
 
 MAGIC = b"BFSb"
 # magic, level, method, reserved (zero), stored size, plain size, id, CRC-32 of all before it
 HEADER = struct.Struct("<4sBBHII32sI")
 assert HEADER.size == 52
+METHOD_OFFSET = 5
 
 METHOD_RAW = 0
 METHOD_ZSTD = 1
+METHOD_DIFFERENCE = 2  # the base's id, then a zstd frame with the base's bytes as dictionary
+
+# A base may itself be a difference, where it was stored again after damage; so many in a row are read.
+DIFFERENCES_MAX = 4
 
 # Compression must gain more than one part in this many to be kept: reading raw is faster.
 GAIN_PARTS = 20
@@ -77,8 +84,10 @@ def unpack_header(data: Buffer) -> BlobHeader:
         raise BadBlobError("no blob begins here")
     if zlib.crc32(memoryview(data)[: HEADER.size - 4]) != crc:
         raise BadBlobError("header checksum does not match")
-    if reserved or level > LEVEL_MAX or method > METHOD_ZSTD:
+    if reserved or level > LEVEL_MAX or method > METHOD_DIFFERENCE:
         raise BadBlobError("header has unknown values")
+    if method == METHOD_DIFFERENCE and (level or stored_size <= BLOB_ID_SIZE):
+        raise BadBlobError("header of an impossible difference")
     if (
         plain_size > PLAIN_SIZE_MAX
         or stored_size > plain_size
@@ -92,6 +101,15 @@ def unpack_header(data: Buffer) -> BlobHeader:
         plain_size=plain_size,
         blob_id=BlobId(blob_id),
     )
+
+
+def base_of(blob: Buffer) -> BlobId | None:
+    """The chunk that a blob with a good header is a difference to; None where it is none."""
+    view = memoryview(blob)
+    if len(view) < HEADER.size or view[METHOD_OFFSET] != METHOD_DIFFERENCE:
+        return None
+    base_id = BlobId(bytes(view[HEADER.size : HEADER.size + BLOB_ID_SIZE]))
+    return base_id if len(base_id) == BLOB_ID_SIZE and base_id != HOLE else None
 
 
 class BlobEncoder:
@@ -114,6 +132,25 @@ class BlobEncoder:
             self._assemble(plain, payload, blob_id, level)
             for plain, payload, blob_id in zip(plains, payloads, ids, strict=True)
         ]
+
+    def encode_difference(
+        self, plain: Buffer, blob_id: BlobId, base: Buffer, base_id: BlobId
+    ) -> bytes | None:
+        """A chunk as its difference to ``base``, of the same size; None where that gains nothing."""
+        compressor = zstandard.ZstdCompressor(
+            level=self._level, write_content_size=True, dict_data=_dictionary(base)
+        )
+        payload = base_id + compressor.compress(plain)
+        if len(payload) > len(plain):
+            return None
+        header = BlobHeader(
+            level=0,
+            method=METHOD_DIFFERENCE,
+            stored_size=len(payload),
+            plain_size=len(plain),
+            blob_id=blob_id,
+        )
+        return pack_header(header) + payload
 
     def _compress(self, plains: list[Buffer]) -> list[Buffer]:
         compressor = getattr(self._local, "compressor", None)
@@ -141,9 +178,16 @@ class BlobEncoder:
 
 _decompressors = threading.local()
 
+# The bytes of a chunk that others are differences to; raises BadBlobError where it has none.
+FindBase = Callable[[BlobId], bytes]
 
-def decode(data: Buffer, *, expected: BlobId, level: int, ids: IdScheme) -> bytes:
+
+def decode(
+    data: Buffer, *, expected: BlobId, level: int, ids: IdScheme, find_base: FindBase | None = None
+) -> bytes:
     """The plain bytes of the blob in ``data``, proven to be those of ``expected``.
+
+    Without ``find_base`` a difference counts as one whose base is missing.
 
     Raises:
         BadBlobError: they are not, whatever the reason.
@@ -154,7 +198,12 @@ def decode(data: Buffer, *, expected: BlobId, level: int, ids: IdScheme) -> byte
     payload = memoryview(data)[HEADER.size :]
     if len(payload) != header.stored_size:
         raise BadBlobError("payload is cut off")
-    plain = bytes(payload) if header.method == METHOD_RAW else _decompress(payload, header)
+    if header.method == METHOD_RAW:
+        plain = bytes(payload)
+    elif header.method == METHOD_ZSTD:
+        plain = _decompress(payload, header, _plain_decompressor())
+    else:
+        plain = _apply(payload, header, base_of(data), find_base)
     if len(plain) != header.plain_size:
         raise BadBlobError("payload has another size than its header says")
     if ids.blob_id(plain, level=level) != expected:
@@ -162,12 +211,38 @@ def decode(data: Buffer, *, expected: BlobId, level: int, ids: IdScheme) -> byte
     return plain
 
 
-def _decompress(payload: memoryview, header: BlobHeader) -> bytes:
+def _apply(
+    payload: memoryview, header: BlobHeader, base_id: BlobId | None, find_base: FindBase | None
+) -> bytes:
+    """The chunk that differs so from its base."""
+    if base_id is None or find_base is None:
+        raise BadBlobError("the chunk that it differs from is missing")
+    base = find_base(base_id)
+    if len(base) != header.plain_size:
+        raise BadBlobError("the chunk that it differs from has another size")
+    decompressor = zstandard.ZstdDecompressor(
+        max_window_size=PLAIN_SIZE_MAX, dict_data=_dictionary(base)
+    )
+    return _decompress(payload[BLOB_ID_SIZE:], header, decompressor)
+
+
+def _dictionary(base: Buffer) -> zstandard.ZstdCompressionDict:
+    # As raw content: whatever the base begins with, it is never taken for a trained dictionary.
+    return zstandard.ZstdCompressionDict(bytes(base), dict_type=zstandard.DICT_TYPE_RAWCONTENT)
+
+
+def _plain_decompressor() -> zstandard.ZstdDecompressor:
     decompressor = getattr(_decompressors, "decompressor", None)
     if decompressor is None:
         decompressor = _decompressors.decompressor = zstandard.ZstdDecompressor(
             max_window_size=PLAIN_SIZE_MAX
         )
+    return decompressor
+
+
+def _decompress(
+    payload: memoryview, header: BlobHeader, decompressor: zstandard.ZstdDecompressor
+) -> bytes:
     try:
         # Checked first: the library allocates whatever size the frame claims.
         if zstandard.get_frame_parameters(payload).content_size != header.plain_size:
@@ -176,6 +251,3 @@ def _decompress(payload: memoryview, header: BlobHeader) -> bytes:
     except zstandard.ZstdError as error:
         raise BadBlobError("payload cannot be decompressed") from error
     return plain
-
-
-assert BLOB_ID_SIZE == 32

@@ -25,7 +25,9 @@ PACK_SIZE_DEFAULT = 64 << 20
 COMPRESSION_LEVEL_DEFAULT = 1
 
 # A repository that needs a mandatory feature not named here is refused; optional ones are ignored.
-KNOWN_FEATURES: frozenset[str] = frozenset()
+# "differences": chunks may be stored as differences to others, so who deletes must look for these.
+DIFFERENCES = "differences"
+KNOWN_FEATURES = frozenset({DIFFERENCES})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

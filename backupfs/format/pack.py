@@ -8,15 +8,16 @@ is refused. Layout in docs/format.md, "Pack".
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from backupfs.format.blob import HEADER, LEVEL_MAX, PLAIN_SIZE_MAX
 from backupfs.format.ids import DIGEST_SIZE, IdScheme
-from backupfs.types import BlobId, Buffer, ObjectName, PackId
+from backupfs.types import HOLE, BlobId, Buffer, ObjectName, PackId
 
 MAGIC = b"BFSpack1"
 VERSION = 1
+VERSION_WITH_BASES = 2  # its entries name the chunks that differences are to
 # magic, version, reserved (zero), entry count, size of all blobs in bytes
 TAIL = struct.Struct("<8sHHIQ")
 assert TAIL.size == 24
@@ -24,6 +25,9 @@ TAIL_SIZE = TAIL.size + DIGEST_SIZE
 # blob id, offset in the pack, size with its header, level
 ENTRY = struct.Struct("<32sIII")
 assert ENTRY.size == 44
+# The same, then the id of the base; zeros where there is none.
+ENTRY_WITH_BASE = struct.Struct("<32sIII32s")
+assert ENTRY_WITH_BASE.size == 76
 
 PACK_SIZE_MAX = 1 << 30  # an entry's offset has 32 bits
 # A footer is read, listed and entered as a whole: so many take 20 MiB meanwhile.
@@ -44,6 +48,12 @@ class PackEntry:
     offset: int  # bytes from the start of the pack
     size: int  # bytes as stored, with the blob's header
     level: int
+    base: BlobId | None = None  # the chunk that it is a difference to
+
+    @property
+    def listed_size(self) -> int:
+        """Bytes that listing it takes, at least."""
+        return ENTRY.size if self.base is None else ENTRY_WITH_BASE.size
 
 
 def pack_name(pack_id: PackId) -> ObjectName:
@@ -66,13 +76,21 @@ def pack_id_of(name: str) -> PackId | None:
 
 
 def encode_footer(
-    pack_id: PackId, entries: Iterable[PackEntry], *, blobs_size: int, ids: IdScheme
+    pack_id: PackId, entries: Sequence[PackEntry], *, blobs_size: int, ids: IdScheme
 ) -> bytes:
     """Footer and tail, to be written right after the blobs."""
-    listed = [ENTRY.pack(entry.blob_id, entry.offset, entry.size, entry.level) for entry in entries]
-    assert len(listed) <= ENTRY_COUNT_MAX
+    assert len(entries) <= ENTRY_COUNT_MAX
+    if any(entry.base is not None for entry in entries):
+        version = VERSION_WITH_BASES
+        listed = [
+            ENTRY_WITH_BASE.pack(e.blob_id, e.offset, e.size, e.level, e.base or HOLE)
+            for e in entries
+        ]
+    else:
+        version = VERSION
+        listed = [ENTRY.pack(e.blob_id, e.offset, e.size, e.level) for e in entries]
     footer = b"".join(listed)
-    tail = TAIL.pack(MAGIC, VERSION, 0, len(listed), blobs_size)
+    tail = TAIL.pack(MAGIC, version, 0, len(listed), blobs_size)
     return footer + tail + ids.digest("pack", footer + tail + pack_id)
 
 
@@ -87,11 +105,15 @@ def footer_size(tail: Buffer) -> int:
     magic, version, reserved, entry_count, blobs_size = TAIL.unpack_from(tail)
     if magic != MAGIC:
         raise BadPackError("no pack ends here")
-    if version != VERSION or reserved:
+    if version not in (VERSION, VERSION_WITH_BASES) or reserved:
         raise BadPackError(f"pack version {version} is unknown")
     if entry_count > ENTRY_COUNT_MAX or entry_count * HEADER.size > blobs_size:
         raise BadPackError("too many entries")
-    return int(entry_count) * ENTRY.size + TAIL_SIZE
+    return int(entry_count) * _entry_struct(version).size + TAIL_SIZE
+
+
+def _entry_struct(version: int) -> struct.Struct:
+    return ENTRY if version == VERSION else ENTRY_WITH_BASE
 
 
 def decode_footer(
@@ -107,14 +129,19 @@ def decode_footer(
         raise BadPackError("footer is cut off")
     if ids.digest("pack", bytes(view[:-DIGEST_SIZE]) + pack_id) != view[-DIGEST_SIZE:]:
         raise BadPackError("footer does not match its digest")
-    blobs_size = TAIL.unpack_from(view, len(view) - TAIL_SIZE)[4]
+    _, version, _, _, blobs_size = TAIL.unpack_from(view, len(view) - TAIL_SIZE)
     if blobs_size + len(view) != pack_size:
         raise BadPackError("pack has another size than its footer says")
     entries = []
-    for blob_id, offset, size, level in ENTRY.iter_unpack(view[:-TAIL_SIZE]):
+    for blob_id, offset, size, level, *bases in _entry_struct(version).iter_unpack(
+        view[:-TAIL_SIZE]
+    ):
+        base = BlobId(bases[0]) if bases and bases[0] != HOLE else None
         if not HEADER.size <= size <= BLOB_SIZE_MAX or offset + size > blobs_size:
             raise BadPackError("footer lists an impossible blob")
-        if level > LEVEL_MAX:
+        if level > LEVEL_MAX or (base is not None and (level or base == blob_id)):
             raise BadPackError("footer lists an impossible blob")
-        entries.append(PackEntry(blob_id=BlobId(blob_id), offset=offset, size=size, level=level))
+        entries.append(
+            PackEntry(blob_id=BlobId(blob_id), offset=offset, size=size, level=level, base=base)
+        )
     return entries

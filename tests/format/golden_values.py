@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from backupfs.format import blob, pack, tree
-from backupfs.format.config import RepositoryConfig, encode_config
+from backupfs.format.config import DIFFERENCES, RepositoryConfig, encode_config
 from backupfs.format.draft_state import DraftState, encode_draft_state
 from backupfs.format.ids import IdScheme
 from backupfs.format.record import Description, Record, encode_record
@@ -49,6 +50,14 @@ PACK_BLOBS: list[tuple[int, BlobId, bytes]] = [
     (2, UPPER_NODE_ID, UPPER_NODE),
 ]
 
+# A pack with a difference: it, then the chunk that it is to.
+CHANGED_CHUNK = RAW_CHUNK[:4096] + ZSTD_CHUNK[:4096] + RAW_CHUNK[8192:]
+PACK_ID_2 = PackId(bytes(range(16, 32)))
+PACK_2_BLOBS: list[tuple[BlobId, bytes, BlobId | None]] = [
+    (IDS.chunk_id(CHANGED_CHUNK), CHANGED_CHUNK, IDS.chunk_id(RAW_CHUNK)),
+    (IDS.chunk_id(RAW_CHUNK), RAW_CHUNK, None),
+]
+
 REPOSITORY_ID = "6e0f3d4a-5b1c-4c7e-9a52-0d1f2e3c4b5a"
 
 CONFIG = RepositoryConfig(
@@ -59,6 +68,7 @@ CONFIG = RepositoryConfig(
     created_at=datetime(2026, 11, 22, 14, 0, 0, 123456, tzinfo=UTC),
     optional_features=("some-optional-feature",),
 )
+CONFIG_WITH_DIFFERENCES = replace(CONFIG, mandatory_features=(DIFFERENCES,), optional_features=())
 
 FULL_RECORD = Record(
     backup_id="0b0e4f2c-1111-4222-8333-444455556666",
@@ -160,15 +170,36 @@ def golden_pack() -> bytes:
     return blobs + pack.encode_footer(PACK_ID, entries, blobs_size=len(blobs), ids=IDS)
 
 
+def golden_pack_with_a_difference() -> bytes:
+    """The same of a pack of version 2."""
+    encoder = blob.BlobEncoder(compression_level=1)
+    blobs, entries = b"", []
+    for blob_id, plain, base in PACK_2_BLOBS:
+        if base is None:
+            (encoded,) = encoder.encode_many([plain], [blob_id], level=0)
+        else:
+            difference = encoder.encode_difference(plain, blob_id, RAW_CHUNK, base)
+            assert difference is not None
+            encoded = difference
+        size = len(encoded)
+        entries.append(
+            pack.PackEntry(blob_id=blob_id, offset=len(blobs), size=size, level=0, base=base)
+        )
+        blobs += encoded
+    return blobs + pack.encode_footer(PACK_ID_2, entries, blobs_size=len(blobs), ids=IDS)
+
+
 def golden_files() -> dict[str, bytes]:
     """Content of each golden file, by name, as the code of today would write it."""
     return {
         "acknowledgement.msgpack": encode_ack(ACKNOWLEDGED),
         "config": encode_config(CONFIG, IDS),
+        "config-with-differences": encode_config(CONFIG_WITH_DIFFERENCES, IDS),
         "draft-state.msgpack": encode_draft_state(DRAFT_STATE, IDS),
         "metadata.msgpack": golden_metadata(),
         "node": NODE,
         "pack": golden_pack(),
+        "pack-with-a-difference": golden_pack_with_a_difference(),
         "plan.msgpack": encode_plan(PLAN),
         "record-full.msgpack": encode_record(FULL_RECORD, IDS),
         "record-incremental.msgpack": encode_record(INCREMENTAL_RECORD, IDS),

@@ -13,6 +13,7 @@ from backupfs.format.record import decode_record, encode_record
 from backupfs.repository.metadata import MetadataStore
 from backupfs.repository.sessions import decode_ack, decode_plan, encode_ack, encode_plan, plan_name
 from backupfs.storage.memory import MemoryStorage
+from backupfs.types import BlobId
 
 
 def golden(name: str) -> bytes:
@@ -35,6 +36,13 @@ def test_golden_files_are_never_overwritten(tmp_path):
 def test_golden_config_decodes_and_encodes_back():
     assert decode_config(golden("config"), IDS) == golden_values.CONFIG
     assert encode_config(golden_values.CONFIG, IDS) == golden("config")
+
+
+def test_golden_config_with_differences_decodes_and_encodes_back():
+    config = golden_values.CONFIG_WITH_DIFFERENCES
+
+    assert decode_config(golden("config-with-differences"), IDS) == config
+    assert encode_config(config, IDS) == golden("config-with-differences")
 
 
 @pytest.mark.parametrize(
@@ -109,6 +117,28 @@ def test_golden_pack_is_written_the_same_today_given_its_payloads():
     written += pack.encode_footer(golden_values.PACK_ID, entries, blobs_size=len(written), ids=IDS)
 
     assert written == data
+
+
+def test_golden_pack_with_a_difference_holds_it_and_its_base():
+    data = golden("pack-with-a-difference")
+    size = pack.footer_size(data[-pack.TAIL_SIZE :])
+    entries = pack.decode_footer(
+        golden_values.PACK_ID_2, data[-size:], pack_size=len(data), ids=IDS
+    )
+    stored = {entry.blob_id: data[entry.offset : entry.offset + entry.size] for entry in entries}
+
+    def plain(blob_id: BlobId) -> bytes:
+        return blob.decode(stored[blob_id], expected=blob_id, level=0, ids=IDS, find_base=plain)
+
+    decoded = [(entry.blob_id, plain(entry.blob_id), entry.base) for entry in entries]
+    assert decoded == golden_values.PACK_2_BLOBS
+    assert [blob.base_of(stored[entry.blob_id]) for entry in entries] == [
+        entry.base for entry in entries
+    ]
+    footer = pack.encode_footer(
+        golden_values.PACK_ID_2, entries, blobs_size=len(data) - size, ids=IDS
+    )
+    assert footer == data[-size:]
 
 
 def test_golden_record_restores_its_image_from_the_golden_pack():

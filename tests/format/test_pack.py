@@ -192,7 +192,7 @@ def test_a_listed_blob_is_never_larger_than_the_largest_there_is():
     ("changed", "reason"),
     [
         ({"magic": b"BFSpack2"}, "no pack ends here"),
-        ({"version": 2}, "version 2"),
+        ({"version": 3}, "version 3"),
         ({"version": 0}, "version 0"),
         ({"reserved": 1}, "unknown"),
     ],
