@@ -1,24 +1,31 @@
 """Reads blobs and proves them: locate, fetch, decompress, hash again, compare with the id.
 
 Nothing leaves here unproven. What was proven is kept in two small caches, of chunks and of nodes.
-Neighbours in a pack are fetched in one ranged read.
+Neighbours in a pack are fetched in one ranged read. A difference is read after its base.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from backupfs.errors import CorruptBlob, MissingBlob, ObjectNotFound, StorageUnavailable
+from backupfs.errors import (
+    CorruptBlob,
+    DamageError,
+    MissingBlob,
+    ObjectNotFound,
+    StorageUnavailable,
+)
 from backupfs.format import blob as blob_format
-from backupfs.format.blob import LEVEL_MAX
+from backupfs.format.blob import DIFFERENCES_MAX, LEVEL_MAX, FindBase
 from backupfs.format.ids import IdScheme
 from backupfs.format.pack import PackEntry, pack_name
 from backupfs.format.tree import HOLE_NODE
-from backupfs.repository.chunks import Avoided
+from backupfs.repository.avoided import Avoided
 from backupfs.repository.index import BlobLocation, Index
 from backupfs.repository.packer import Packer
 from backupfs.storage.base import Storage
@@ -116,12 +123,34 @@ class BlobReader:
 
         Raises: DamageError, StorageError.
         """
-        location = BlobLocation(pack_id=pack_id, offset=entry.offset, size=entry.size)
+        location = BlobLocation(
+            pack_id=pack_id, offset=entry.offset, size=entry.size, base=entry.base
+        )
         try:
             data = self._storage.get_range(pack_name(pack_id), entry.offset, entry.size)
         except ObjectNotFound:
             raise MissingBlob(blob_id=entry.blob_id.hex()) from None
-        self._prove(data, entry.blob_id, entry.level, location)
+        self._prove(data, entry.blob_id, entry.level, location, self.base)
+        return data
+
+    def base(self, blob_id: BlobId) -> bytes:
+        """The bytes of a chunk that another one is a difference to, for ``blob_format.decode``.
+
+        Raises: BadBlobError (it cannot be read either), StorageError.
+        """
+        return self._base(blob_id, DIFFERENCES_MAX)
+
+    def _base(self, blob_id: BlobId, differences_max: int) -> bytes:
+        data = self.cached_chunk(blob_id)
+        if data is None:
+            if not differences_max:
+                raise blob_format.BadBlobError("a difference to a difference, and so on")
+            try:
+                data = self._fetch([blob_id], 0, differences_max - 1)[0]
+            except DamageError as error:
+                reason = f"the chunk that it differs from cannot be read: {error}"
+                raise blob_format.BadBlobError(reason) from error
+            self._chunks.put(blob_id, data)
         return data
 
     def note_damage(self, blob_ids: Iterable[BlobId]) -> None:
@@ -138,29 +167,55 @@ class BlobReader:
             log.warning("%s", error)
             self._avoided.blobs |= frozenset(blob_ids)
 
-    def _fetch(self, blob_ids: list[BlobId], level: int) -> list[bytes]:
+    def _fetch(
+        self, blob_ids: list[BlobId], level: int, differences_max: int = DIFFERENCES_MAX
+    ) -> list[bytes]:
         """Plain bytes of each blob, proven, in order."""
         results: dict[BlobId, bytes] = {}
         located: list[tuple[BlobLocation, BlobId]] = []
         locations = self._index.find_many(blob_ids)
+        find_base = self._fetch_bases(locations, differences_max)
         for blob_id, location in zip(blob_ids, locations, strict=True):
             # Pending first: the index may still name an older, damaged copy.
             data = self._packer.read_pending(blob_id) if self._packer else None
             if data is not None:
-                results[blob_id] = self._prove(data, blob_id, level, None)
+                results[blob_id] = self._prove(data, blob_id, level, None, find_base)
             elif location is not None:
                 located.append((location, blob_id))
             else:
-                results[blob_id] = self._fetch_again(blob_id, level, None, None)
+                results[blob_id] = self._fetch_again(blob_id, level, None, None, find_base)
         for run in _runs(located):
-            self._fetch_run(run, level, results)
+            self._fetch_run(run, level, results, find_base)
         return [results[blob_id] for blob_id in blob_ids]
+
+    def _fetch_bases(
+        self, locations: Sequence[BlobLocation | None], differences_max: int
+    ) -> FindBase:
+        """Read what the blobs there differ from, in one go; where it is to be found."""
+        wanted = {
+            location.base
+            for location in locations
+            if location is not None and location.base is not None
+        }
+        wanted = {blob_id for blob_id in wanted if self.cached_chunk(blob_id) is None}
+        fetched: dict[BlobId, bytes] = {}
+        if len(wanted) > 1 and differences_max:
+            with contextlib.suppress(DamageError):  # each is tried by itself then
+                bases = self._fetch(list(wanted), 0, differences_max - 1)
+                fetched = dict(zip(wanted, bases, strict=True))
+
+        def find_base(blob_id: BlobId) -> bytes:
+            data = fetched.get(blob_id)
+            return self._base(blob_id, differences_max) if data is None else data
+
+        return find_base
 
     def _fetch_run(
         self,
         run: list[tuple[BlobLocation, BlobId]],
         level: int,
         results: dict[BlobId, bytes],
+        find_base: FindBase,
     ) -> None:
         first, last = run[0][0], run[-1][0]
         size = last.offset + last.size - first.offset
@@ -172,9 +227,9 @@ class BlobReader:
             start = location.offset - first.offset
             piece = data[start : start + location.size]
             try:
-                results[blob_id] = self._prove(piece, blob_id, level, location)
+                results[blob_id] = self._prove(piece, blob_id, level, location, find_base)
             except CorruptBlob as damage:
-                results[blob_id] = self._fetch_again(blob_id, level, location, damage)
+                results[blob_id] = self._fetch_again(blob_id, level, location, damage, find_base)
 
     def _fetch_again(
         self,
@@ -182,6 +237,7 @@ class BlobReader:
         level: int,
         tried: BlobLocation | None,
         damage: CorruptBlob | None,
+        find_base: FindBase,
     ) -> bytes:
         """A blob that is not, or not whole, where it was looked for (None: nowhere known).
 
@@ -193,7 +249,7 @@ class BlobReader:
             # Pending before index: what is pending no longer is in the index already.
             data = self._packer.read_pending(blob_id) if self._packer else None
             if data is not None:
-                return self._prove(data, blob_id, level, None)
+                return self._prove(data, blob_id, level, None, find_base)
             location = self._index.find(blob_id)
             if location is None or location == tried:
                 self._refresh(is_known=self._index.is_damaged(blob_id))
@@ -209,7 +265,8 @@ class BlobReader:
                 break
             tried = location
             try:
-                return self._prove(self._read_at(location), blob_id, level, location)
+                data = self._read_at(location)
+                return self._prove(data, blob_id, level, location, find_base)
             except CorruptBlob as error:
                 damage = error
         self.note_damage([blob_id])
@@ -229,14 +286,20 @@ class BlobReader:
         blob_id: BlobId,
         level: int,
         location: BlobLocation | None,
+        find_base: FindBase,
     ) -> bytes:
         try:
-            plain = blob_format.decode(data, expected=blob_id, level=level, ids=self._ids)
+            plain = blob_format.decode(
+                data, expected=blob_id, level=level, ids=self._ids, find_base=find_base
+            )
+            if location is not None and blob_format.base_of(data) != location.base:
+                # gc goes by the footers: what these do not name as a base may be deleted.
+                raise blob_format.BadBlobError("its pack's footer names another base")
             if level == 0 and len(plain) != len(self.zeros):
                 raise blob_format.BadBlobError("a chunk of another size")
             return plain
         except blob_format.BadBlobError as error:
-            if self._is_of_another_level(data, blob_id, level):
+            if self._is_of_another_level(data, blob_id, level, find_base):
                 raise MissingBlob(blob_id=blob_id.hex()) from error
             raise CorruptBlob(
                 blob_id=blob_id.hex(),
@@ -245,13 +308,21 @@ class BlobReader:
                 reason=str(error),
             ) from error
 
-    def _is_of_another_level(self, data: bytes | memoryview, blob_id: BlobId, level: int) -> bool:
+    def _is_of_another_level(
+        self, data: bytes | memoryview, blob_id: BlobId, level: int, find_base: FindBase
+    ) -> bool:
         """Whether a whole blob was asked for as what it is not, as forged trees do: no two levels
         have an id in common, so it is not damaged, and there is no such blob as was asked for."""
         try:
             header = blob_format.unpack_header(data)
             if header.level != level:
-                blob_format.decode(data, expected=blob_id, level=header.level, ids=self._ids)
+                blob_format.decode(
+                    data,
+                    expected=blob_id,
+                    level=header.level,
+                    ids=self._ids,
+                    find_base=find_base,
+                )
                 return True
         except blob_format.BadBlobError:
             pass

@@ -23,7 +23,7 @@ from backupfs.errors import (
     StorageFull,
     StorageUnavailable,
 )
-from backupfs.format.pack import ENTRY, TAIL_SIZE, PackEntry, pack_name
+from backupfs.format.pack import TAIL_SIZE, PackEntry, pack_name
 from backupfs.repository.images import Root
 from backupfs.repository.marking import Marker, Reached, draft_roots
 from backupfs.repository.packer import NewBlob
@@ -207,7 +207,7 @@ class _Run:
                 continue
             agrees &= len(alive) == len(reached.offsets(pack_id))
             # What the pack would be without its dead.
-            alive_size = TAIL_SIZE + sum(entry.size + ENTRY.size for entry in alive)
+            alive_size = TAIL_SIZE + sum(entry.size + entry.listed_size for entry in alive)
             is_thin = (size - alive_size) * 100 >= size * THIN_DEAD_PERCENT
             if is_thin or not alive or pack_id in suspects:
                 condemned.add(pack_id)

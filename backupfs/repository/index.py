@@ -2,8 +2,11 @@
 
 LMDB, shared by all processes of the host. The only module that imports the library. Keys are the
 first 16 bytes of a blob's id (the whole id stands in the blob's header and is checked there);
-values name a pack by a number that is never used twice. Entries of a pack that is gone stay behind
-and count as absent, as their number is no longer known.
+values name a pack by a number that is never used twice, and of a difference its base. Entries of a
+pack that is gone stay behind and count as absent, as their number is no longer known.
+
+Of a chunk that one pack holds whole and another as a difference, the whole one counts, whichever
+came first: so no two differences are ever found to be to each other.
 
 Nothing here is synced to the disk: after a crash of the host the index is thrown away and rebuilt.
 """
@@ -27,13 +30,14 @@ import lmdb
 from backupfs.errors import StorageUnavailable
 from backupfs.format.pack import PackEntry
 from backupfs.storage.local import sync_folder
-from backupfs.types import BlobId, PackId
+from backupfs.types import BLOB_ID_SIZE, BlobId, PackId
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 KEY_SIZE = 16
-LOCATION = struct.Struct("<III")  # pack number, offset, size
+LOCATION = struct.Struct("<III")  # pack number, offset, size; the base of a difference follows
+VALUE_SIZES = (LOCATION.size, LOCATION.size + BLOB_ID_SIZE)
 NUMBER = struct.Struct(">I")  # big-endian, so that numbers sort
 # Address space, not memory or disk: the file grows as entries come.
 MAP_SIZES = (1 << 40, 1 << 36, 1 << 32)
@@ -51,6 +55,7 @@ class BlobLocation:
     pack_id: PackId
     offset: int  # bytes from the start of the pack
     size: int  # bytes as stored, with the blob's header
+    base: BlobId | None = None  # the chunk that it is a difference to
 
 
 class Index:
@@ -105,11 +110,13 @@ class Index:
         locations: list[BlobLocation | None] = []
         for value in found:
             location = None
-            if value is not None and len(value) == LOCATION.size:
-                number, offset, size = LOCATION.unpack(value)
+            if value is not None and len(value) in VALUE_SIZES:
+                number, offset, size = LOCATION.unpack_from(value)
                 pack_id = pack_ids.get(number)
                 if pack_id is not None:
-                    location = BlobLocation(pack_id=pack_id, offset=offset, size=size)
+                    location = BlobLocation(
+                        pack_id=pack_id, offset=offset, size=size, base=_base_in(value)
+                    )
             locations.append(location)
         return locations
 
@@ -118,23 +125,37 @@ class Index:
         return self.find_many([blob_id])[0]
 
     def add_pack(self, pack_id: PackId, entries: Iterable[PackEntry]) -> None:
-        """Take in a durable pack; of a blob known elsewhere the new place counts from now on."""
-        ordered = sorted(entries, key=lambda entry: entry.blob_id)
+        """Take in a durable pack; of a blob known elsewhere the new place counts from now on, but for
+        a difference where the whole chunk is known."""
+        # Of two copies in one pack the later one counts.
+        ordered = sorted(entries, key=lambda entry: (entry.blob_id, entry.base is None))
         with self._writing() as transaction:
             if transaction.get(pack_id, db=self._numbers) is not None:
                 return
             number = self._next_number(transaction)
             transaction.put(NUMBER.pack(number), pack_id, db=self._packs)
             transaction.put(pack_id, NUMBER.pack(number), db=self._numbers)
+            ordered = [
+                entry
+                for entry in ordered
+                if entry.base is None or not self._is_whole(transaction, entry.blob_id)
+            ]
             if transaction.stat(self._damaged)["entries"]:
                 self._note_healed(transaction, ordered)
             transaction.cursor(db=self._blobs).putmulti(
-                [
-                    (entry.blob_id[:KEY_SIZE], LOCATION.pack(number, entry.offset, entry.size))
-                    for entry in ordered
-                ]
+                [(entry.blob_id[:KEY_SIZE], _value(number, entry)) for entry in ordered]
             )
             self._bump_generation(transaction)
+
+    def _is_whole(self, transaction: Any, blob_id: BlobId) -> bool:
+        """Whether a chunk can be read from where it is listed, without another one."""
+        value = transaction.get(blob_id[:KEY_SIZE], db=self._blobs)
+        return (
+            value is not None
+            and _base_in(value) is None
+            and LOCATION.unpack_from(value)[0] in self._known_packs(transaction)
+            and transaction.get(blob_id, db=self._damaged) is None
+        )
 
     def forget_packs(self, pack_ids: Iterable[PackId], *, leaves_gaps: bool = False) -> None:
         """Take packs out that are gone; what lay in them counts as absent.
@@ -170,8 +191,9 @@ class Index:
             for entry in entries:
                 key = entry.blob_id[:KEY_SIZE]
                 value = transaction.get(key, db=self._blobs)
-                if value is None or LOCATION.unpack(value)[0] not in known:
-                    place = LOCATION.pack(*NUMBER.unpack(number), entry.offset, entry.size)
+                is_absent = value is None or LOCATION.unpack_from(value)[0] not in known
+                if is_absent or (entry.base is None and _base_in(value) is not None):
+                    place = _value(NUMBER.unpack(number)[0], entry)
                     transaction.put(key, place, db=self._blobs)
 
     def close_gaps(self, mark: bytes) -> None:
@@ -266,7 +288,7 @@ class Index:
         for entry in entries:
             if transaction.delete(entry.blob_id, db=self._damaged):
                 value = transaction.get(entry.blob_id[:KEY_SIZE], db=self._blobs)
-                pack_id = known.get(LOCATION.unpack(value)[0]) if value is not None else None
+                pack_id = known.get(LOCATION.unpack_from(value)[0]) if value is not None else None
                 if pack_id is not None:
                     transaction.put(pack_id, b"", db=self._suspects)
 
@@ -284,6 +306,14 @@ class Index:
         encoded = str(generation).encode()
         transaction.put(b"generation", encoded, db=self._meta)
         return encoded
+
+
+def _value(number: int, entry: PackEntry) -> bytes:
+    return LOCATION.pack(number, entry.offset, entry.size) + (entry.base or b"")
+
+
+def _base_in(value: bytes) -> BlobId | None:
+    return BlobId(bytes(value[LOCATION.size :])) if len(value) > LOCATION.size else None
 
 
 # One environment per folder and process: the library forbids a second.

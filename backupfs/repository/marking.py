@@ -1,4 +1,4 @@
-"""Marking: which blobs a set of roots reaches, and where they lie.
+"""Marking: which blobs a set of roots reaches, and where they lie. A difference reaches its base.
 
 Memory is bounded by four bytes for each blob reached and one small entry for each node: what is
 kept of a blob is its offset in its pack.
@@ -7,15 +7,16 @@ kept of a blob is its offset in its pack.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from backupfs.errors import CorruptObject
+from backupfs.format.blob import DIFFERENCES_MAX
 from backupfs.format.draft_state import STATE_SIZE_MAX, decode_draft_state
 from backupfs.format.ids import IdScheme
 from backupfs.repository.blobs import BlobReader, node_key
 from backupfs.repository.images import OnDamage, Root, walk
-from backupfs.repository.index import Index
+from backupfs.repository.index import BlobLocation, Index
 from backupfs.storage.oserrors import translated
 from backupfs.types import HOLE, BlobId, PackId
 
@@ -94,11 +95,24 @@ class Marker:
         return True
 
     def _locate(self, blob_ids: Sequence[BlobId]) -> None:
-        for blob_id, location in zip(blob_ids, self._index.find_many(blob_ids), strict=True):
+        for blob_id, location in with_bases(self._index, blob_ids):
             if location is None:
                 self.reached.missing.add(blob_id)
             else:
                 self.reached.add(location.pack_id, location.offset)
+
+
+def with_bases(
+    index: Index, blob_ids: Sequence[BlobId]
+) -> Iterator[tuple[BlobId, BlobLocation | None]]:
+    """Where blobs lie, and then where those lie that they are differences to."""
+    for _ in range(DIFFERENCES_MAX + 1):
+        found = list(zip(blob_ids, index.find_many(blob_ids), strict=True))
+        yield from found
+        bases = {place.base for _, place in found if place is not None and place.base is not None}
+        if not bases:
+            return
+        blob_ids = list(bases)
 
 
 def draft_roots(folder: Path, ids: IdScheme, *, chunk_size: int) -> set[Root]:

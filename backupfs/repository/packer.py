@@ -20,6 +20,7 @@ from pathlib import Path
 
 from backupfs.ambient import Ambient
 from backupfs.errors import BackupfsError, StorageUnavailable
+from backupfs.format.blob import base_of
 from backupfs.format.ids import IdScheme
 from backupfs.format.pack import ENTRY_COUNT_MAX, PackEntry, encode_footer, pack_name
 from backupfs.repository.index import BlobLocation, Index
@@ -239,7 +240,11 @@ class Packer:
 
     def _place(self, pack: _OpenPack, blob: NewBlob) -> None:
         entry = PackEntry(
-            blob_id=blob.blob_id, offset=pack.size, size=len(blob.data), level=blob.level
+            blob_id=blob.blob_id,
+            offset=pack.size,
+            size=len(blob.data),
+            level=blob.level,
+            base=base_of(blob.data),
         )
         pack.entries.append(entry)
         pack.size += entry.size

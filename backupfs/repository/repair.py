@@ -25,15 +25,14 @@ from backupfs.errors import (
     ObjectNotFound,
     StorageUnavailable,
 )
-from backupfs.format import blob as blob_format
 from backupfs.format import tree
-from backupfs.format.ids import IdScheme
-from backupfs.format.pack import BLOB_SIZE_MAX, pack_name
+from backupfs.format.pack import pack_name
 from backupfs.repository.images import Root, walk
+from backupfs.repository.marking import with_bases
+from backupfs.repository.pack_scan import PackScan
 from backupfs.repository.packer import NewBlob
 from backupfs.repository.rebuild import list_packs, read_footer
 from backupfs.repository.repository import Repository
-from backupfs.storage.base import Storage
 from backupfs.storage.local import keep_as, make_folders, same_bytes, sync_folder
 from backupfs.storage.oserrors import translated
 from backupfs.types import HOLE, BlobId, PackId, Progress
@@ -41,9 +40,6 @@ from backupfs.types import HOLE, BlobId, PackId, Progress
 log = logging.getLogger(__name__)
 
 DAMAGED_FOLDER = "damaged"
-READ_SIZE = 2 * BLOB_SIZE_MAX
-# Where the disk cannot read, it is tried again so many bytes further on.
-UNREADABLE_STEP = 4096
 BATCH_SIZE = 1 << 20
 
 
@@ -102,7 +98,9 @@ def _what_is_wrong(repository: Repository, pack_id: PackId, size: int) -> str | 
 def _repair_pack(
     repository: Repository, pack_id: PackId, size: int, reason: str, *, dry_run: bool
 ) -> RepairedPack:
-    scan = PackScan(repository.storage, repository.ids, pack_id, size)
+    scan = PackScan(
+        repository.storage, repository.ids, pack_id, size, find_base=repository.reader.base
+    )
     if dry_run:
         for _ in scan.blobs():
             pass
@@ -119,70 +117,6 @@ def _repair_pack(
         bytes_lost=size - scan.size_found,
         set_aside=_set_aside(repository, pack_id) if is_done else None,
     )
-
-
-class PackScan:
-    """Finds the blobs of a pack without its footer."""
-
-    def __init__(self, storage: Storage, ids: IdScheme, pack_id: PackId, size: int) -> None:
-        self._storage = storage
-        self._ids = ids
-        self._name = pack_name(pack_id)
-        self._size = size
-        self.count = 0
-        self.size_found = 0
-        self.is_readable = True
-
-    def blobs(self) -> Iterator[NewBlob]:
-        """Those that their ids prove, in order; at most ``READ_SIZE`` bytes are held at a time."""
-        start = 0
-        while start < self._size:
-            data = self._read(start)
-            # A blob may go on beyond what was read, where there is more.
-            goes_on = len(data) == READ_SIZE and start + READ_SIZE < self._size
-            end = len(data) - BLOB_SIZE_MAX if goes_on else len(data)
-            place = self._next_header(data, 0)
-            while place < end:
-                found = self._blob_at(data, place)
-                if found is not None:
-                    yield found
-                    self.count += 1
-                    self.size_found += len(found.data)
-                place = self._next_header(data, place + (1 if found is None else len(found.data)))
-            start += min(place, len(data)) if goes_on else len(data) or UNREADABLE_STEP
-
-    def _read(self, start: int) -> bytes:
-        """Bytes from ``start`` up to where the disk cannot read; none where that is at once."""
-        size = min(READ_SIZE, self._size - start)
-        try:
-            return self._storage.get_range(self._name, start, size)
-        except StorageUnavailable:
-            self.is_readable = False
-        data = b""
-        while len(data) < size - UNREADABLE_STEP:
-            try:
-                part = self._storage.get_range(self._name, start + len(data), UNREADABLE_STEP)
-            except StorageUnavailable:
-                break
-            if not part:
-                break
-            data += part
-        return data
-
-    @staticmethod
-    def _next_header(data: bytes, place: int) -> int:
-        found = data.find(blob_format.MAGIC, place)
-        return found if found >= 0 else len(data)
-
-    def _blob_at(self, data: bytes, place: int) -> NewBlob | None:
-        view = memoryview(data)[place:]
-        try:
-            header = blob_format.unpack_header(view)
-            whole = view[: blob_format.HEADER.size + header.stored_size]
-            blob_format.decode(whole, expected=header.blob_id, level=header.level, ids=self._ids)
-        except blob_format.BadBlobError:
-            return None
-        return NewBlob(blob_id=header.blob_id, level=header.level, data=bytes(whole))
 
 
 def _store_again(repository: Repository, blobs: Iterable[NewBlob]) -> None:
@@ -297,7 +231,8 @@ def _as_lost_tree(
     try:
         for first, ids in walk(repository.reader, root, enter=lambda _id, _level: True):
             places = [place for place, blob_id in enumerate(ids) if blob_id != HOLE]
-            if None in repository.index.find_many([ids[place] for place in places]):
+            chunk_ids = [ids[place] for place in places]
+            if any(where is None for _, where in with_bases(repository.index, chunk_ids)):
                 return None
             count += len(places)
             last = max(last, first + places[-1]) if places else last

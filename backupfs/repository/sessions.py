@@ -22,7 +22,7 @@ from backupfs.ambient import Ambient
 from backupfs.errors import CorruptObject, ObjectExists, ObjectNotFound, StorageError
 from backupfs.format import codec
 from backupfs.format.blob import LEVEL_MAX
-from backupfs.repository.chunks import Avoided
+from backupfs.repository.avoided import Avoided
 from backupfs.repository.images import Root
 from backupfs.storage.base import Storage
 from backupfs.storage.local import LocalStorage

@@ -27,7 +27,7 @@ from backupfs.format.record import Record
 from backupfs.repository.blobs import RANGE_SIZE_MAX
 from backupfs.repository.images import Root, walk
 from backupfs.repository.index import BlobLocation
-from backupfs.repository.marking import Marker
+from backupfs.repository.marking import Marker, with_bases
 from backupfs.repository.rebuild import list_packs, read_footer
 from backupfs.repository.repository import Repository
 from backupfs.storage.oserrors import is_want_of_resources
@@ -180,12 +180,16 @@ class Verification:
         for entry in group:
             start = entry.offset - first.offset
             try:
+                blob = view[start : start + entry.size]
                 blob_format.decode(
-                    view[start : start + entry.size],
+                    blob,
                     expected=entry.blob_id,
                     level=entry.level,
                     ids=self._repository.ids,
+                    find_base=self._repository.reader.base,
                 )
+                if blob_format.base_of(blob) != entry.base:
+                    raise blob_format.BadBlobError("its pack's footer names another base")
             except blob_format.BadBlobError as error:
                 reason = f"{error} (at offset {entry.offset})"
                 self._bad[entry.blob_id, entry.level] = (name, reason)
@@ -207,12 +211,25 @@ class Verification:
         reader = self._repository.reader
         everywhere = walk(reader, root, enter=lambda _id, _level: True, on_damage=note_node)
         for first, ids in everywhere:
+            self._note_differences(ids)
             for place, blob_id in enumerate(ids):
                 if (blob_id, 0) in self._bad:
                     self._hit(record, (blob_id, 0), (first + place) * chunk_size, chunk_size)
         for blob_id, level, first in hit_nodes:
             span = tree.span(level) * chunk_size
             self._hit(record, (blob_id, level), first * chunk_size, span)
+
+    def _note_differences(self, blob_ids: Sequence[BlobId]) -> None:
+        """What differs from a bad chunk is as bad, also where it was not read."""
+        index = self._repository.index
+        for blob_id, location in zip(blob_ids, index.find_many(blob_ids), strict=True):
+            if location is None or location.base is None:
+                continue
+            for base_id, _ in with_bases(index, [location.base]):
+                if (base_id, 0) in self._bad:
+                    object_name, reason = self._bad[base_id, 0]
+                    reason = f"the chunk that it differs from: {reason}"
+                    self._bad.setdefault((blob_id, 0), (object_name, reason))
 
     def _hit(self, record: Record, bad: tuple[BlobId, int], offset: int, size: int) -> None:
         object_name, reason = self._bad[bad]
@@ -230,7 +247,13 @@ class Verification:
 
 
 def _as_entry(blob_id: BlobId, location: BlobLocation, level: int) -> PackEntry:
-    return PackEntry(blob_id=blob_id, offset=location.offset, size=location.size, level=level)
+    return PackEntry(
+        blob_id=blob_id,
+        offset=location.offset,
+        size=location.size,
+        level=level,
+        base=location.base,
+    )
 
 
 def _groups(entries: list[PackEntry]) -> list[list[PackEntry]]:

@@ -19,8 +19,8 @@ from support.images import CHUNK_SIZE, SparseSource, back_up, is_clean, noise, r
 from backupfs.ambient import Ambient
 from backupfs.errors import InvalidOption, StorageError, StorageUnavailable
 from backupfs.format.blob import HEADER
+from backupfs.repository.pack_scan import READ_SIZE, PackScan
 from backupfs.repository.rebuild import list_packs, read_footer
-from backupfs.repository.repair import READ_SIZE, PackScan
 from backupfs.repository.repository import Repository
 from backupfs.service import Policy, Service, init
 from backupfs.storage.local import LocalStorage
@@ -195,7 +195,11 @@ def test_large_blobs_are_found_wherever_a_read_ends(scratch):
         sizes = list_packs(storage)
         largest = max(sizes, key=lambda pack_id: sizes[pack_id])
         expected = read_footer(storage, ids, largest, sizes[largest])
-        found = list(PackScan(storage, ids, largest, sizes[largest]).blobs())
+        found = list(
+            PackScan(
+                storage, ids, largest, sizes[largest], find_base=service.repository.reader.base
+            ).blobs()
+        )
         assert sizes[largest] > 2 * READ_SIZE
         assert [blob.blob_id for blob in found] == [entry.blob_id for entry in expected]
         cut_footer(packs(folder)[0])

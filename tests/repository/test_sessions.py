@@ -17,7 +17,7 @@ from backupfs.ambient import Ambient
 from backupfs.errors import CorruptObject, StorageFull, StorageUnavailable
 from backupfs.format import codec
 from backupfs.repository import sessions as sessions_module
-from backupfs.repository.chunks import Avoided
+from backupfs.repository.avoided import Avoided
 from backupfs.repository.images import Root
 from backupfs.repository.sessions import (
     ACKS_PREFIX,
@@ -42,7 +42,7 @@ DIE_WITH_A_SESSION = """
 import os, sys
 from pathlib import Path
 from backupfs.ambient import Ambient
-from backupfs.repository.chunks import Avoided
+from backupfs.repository.avoided import Avoided
 from backupfs.repository.sessions import Session
 from backupfs.storage.local import LocalStorage
 folder = Path(sys.argv[1])

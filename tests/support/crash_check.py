@@ -172,7 +172,7 @@ def put_index(folder: Path, copy: Path | None) -> None:
     shutil.rmtree(cache, ignore_errors=True)
     if copy is not None:
         cache.mkdir(parents=True)
-        shutil.copy(copy, cache / "index-1")
+        shutil.copy(copy, cache / "index-2")
         _boot_file(cache).write_text(_boot_id())
 
 
