@@ -12,10 +12,10 @@ from backupfs.errors import Cancelled
 from backupfs.format.record import Record
 from backupfs.image import Image, ImageExtent
 from backupfs.reports import ImageSource, ImageTarget
-from backupfs.repository.images import Root
+from backupfs.repository.images import EMPTY, Root
 from backupfs.repository.repository import Repository
 from backupfs.staging.draft import Draft
-from backupfs.staging.publish import Publication, publish
+from backupfs.staging.publish import Publication, find_parent, publish
 from backupfs.types import Progress
 
 # What a restore reads, proves and writes at a time.
@@ -50,10 +50,13 @@ def back_up(
         workers=writer.workers,
         credit=writer.credit,
         share=writer.open_share,
+        alike=_parent_root(catalogue, publication),
     )
 
     def checkpoint() -> set[Root]:
-        return {draft.checkpoint().root}
+        root = draft.checkpoint().root
+        draft.resembles(root)  # any other image gc may take from now on
+        return {root}
 
     writer.session.add_checkpoint(checkpoint)
     try:
@@ -71,6 +74,11 @@ def back_up(
     finally:
         writer.session.remove_checkpoint(checkpoint)
         draft.clear()  # gives back what it holds in memory, however this ended
+
+
+def _parent_root(catalogue: Catalogue, publication: Publication) -> Root:
+    parent = find_parent(catalogue, publication)
+    return EMPTY if parent is None else Root(parent.root, parent.height)
 
 
 def restore(

@@ -176,7 +176,7 @@ def test_only_what_is_new_counts_as_stored(service):
     third = take(service, image, volume="other")
 
     assert first.stored_bytes > len(image)
-    assert CHUNK_SIZE < second.stored_bytes < 3 * CHUNK_SIZE
+    assert 0 < second.stored_bytes < CHUNK_SIZE, "a node, and what differs of one chunk"
     assert third.stored_bytes == 0
 
 

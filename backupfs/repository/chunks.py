@@ -1,21 +1,25 @@
 """Turns plain chunks and nodes into ids, storing what the repository does not have yet.
 
 A batch of about 1 MiB at a time: zero test, hash, one look-up for the whole batch, one compression
-call for what is new, one hand-over to the packer. Never relies on a condemned pack (gc may delete
-it) nor on a blob known to be damaged (storing it again heals it).
+call for what is new, one hand-over to the packer. What is new but much like what lay at its place
+before is stored as its difference. Never relies on a condemned pack (gc may delete it) nor on a
+blob known to be damaged (storing it again heals it).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from backupfs.errors import BackupfsError, StorageUnavailable
-from backupfs.format.blob import BlobEncoder
+from backupfs.format.blob import DIFFERENCES_MAX, BlobEncoder
 from backupfs.format.ids import IdScheme
+from backupfs.repository.avoided import Avoided
+from backupfs.repository.blobs import BlobReader
+from backupfs.repository.differences import Differences
 from backupfs.repository.index import BlobLocation, Index
 from backupfs.repository.packer import NewBlob, Packer
-from backupfs.types import HOLE, BlobId, Buffer, PackId
+from backupfs.types import HOLE, BlobId, Buffer
 
 BATCH_SIZE = 1 << 20  # bytes of plain data in one batch
 
@@ -28,15 +32,8 @@ class StoredBatch:
     added_size: int  # bytes that the repository grew by
 
 
-class Avoided:
-    """Blobs and packs that no writer may rely on. Replaced whole, so reading needs no lock."""
-
-    def __init__(self) -> None:
-        self.packs: frozenset[PackId] = frozenset()
-        self.blobs: frozenset[BlobId] = frozenset()
-
-    def allows(self, blob_id: BlobId, location: BlobLocation) -> bool:
-        return location.pack_id not in self.packs and blob_id not in self.blobs
+# Ids of what lay at the places of a batch's chunks before, in order; holes where nothing did.
+FindEarlier = Callable[[], Sequence[BlobId]]
 
 
 class ChunkStore:
@@ -51,6 +48,8 @@ class ChunkStore:
         chunk_size: int,
         compression_level: int,
         avoided: Avoided,
+        reader: BlobReader,
+        with_differences: bool,
     ) -> None:
         self.chunk_size = chunk_size
         self.batch_count = max(1, BATCH_SIZE // chunk_size)
@@ -60,19 +59,32 @@ class ChunkStore:
         self._encoder = BlobEncoder(compression_level=compression_level)
         self._zeros = bytes(chunk_size)
         self._avoided = avoided
+        self._differences = (
+            Differences(
+                encoder=self._encoder,
+                reader=reader,
+                find_usable=self._find_usable,
+                chunk_size=chunk_size,
+            )
+            if with_differences
+            else None
+        )
 
     @property
     def failures(self) -> int:
         """See ``Packer.failures``."""
         return self._packer.failures
 
-    def store_chunks(self, chunks: Sequence[Buffer]) -> StoredBatch:
+    def store_chunks(
+        self, chunks: Sequence[Buffer], *, find_earlier: FindEarlier | None = None
+    ) -> StoredBatch:
         """Ids of whole chunks, new ones handed to the packer; durable after ``seal``.
 
-        Waits while the packer is full. Raises: StorageError.
+        ``find_earlier`` is asked only where something is new. Waits while the packer is full.
+        Raises: StorageError, and what ``find_earlier`` does.
         """
         ids = [self._chunk_id(chunk) for chunk in chunks]
-        return self._store(chunks, ids, level=0)
+        return self._store(chunks, ids, level=0, find_earlier=find_earlier)
 
     def store_nodes(self, nodes: Sequence[bytes], *, level: int) -> StoredBatch:
         """The same for nodes of one level."""
@@ -93,29 +105,24 @@ class ChunkStore:
             return HOLE
         return self._ids.chunk_id(chunk)
 
-    def _store(self, plains: Sequence[Buffer], ids: list[BlobId], *, level: int) -> StoredBatch:
+    def _store(
+        self,
+        plains: Sequence[Buffer],
+        ids: list[BlobId],
+        *,
+        level: int,
+        find_earlier: FindEarlier | None = None,
+    ) -> StoredBatch:
         wanted = {
             blob_id: plain for blob_id, plain in zip(ids, plains, strict=True) if blob_id != HOLE
         }
-        missing = self._packer.claim(self._not_indexed(list(wanted)))
+        located = self._find_usable(wanted)
+        missing = self._packer.claim([blob_id for blob_id in wanted if blob_id not in located])
         if not missing:
             return StoredBatch(ids=ids, added_size=0)
-        return StoredBatch(ids=ids, added_size=self._append(missing, wanted, level))
-
-    def _not_indexed(self, blob_ids: list[BlobId]) -> list[BlobId]:
-        locations = self._index.find_usable(blob_ids)
-        return [
-            blob_id
-            for blob_id, location in zip(blob_ids, locations, strict=True)
-            if location is None or not self._avoided.allows(blob_id, location)
-        ]
-
-    def _append(self, missing: set[BlobId], wanted: dict[BlobId, Buffer], level: int) -> int:
-        ordered = [blob_id for blob_id in wanted if blob_id in missing]
+        new = [(blob_id, plain) for blob_id, plain in wanted.items() if blob_id in missing]
         try:
-            blobs = self._encoder.encode_many(
-                [wanted[blob_id] for blob_id in ordered], ordered, level=level
-            )
+            blobs = self._encode(new, ids, level, find_earlier)
         except BaseException as error:  # claimed blobs that never come must not be relied on
             reason = (
                 error
@@ -124,10 +131,45 @@ class ChunkStore:
             )
             self._packer.abandon(missing, reason)
             raise
-        self._packer.append(
-            [
-                NewBlob(blob_id=blob_id, level=level, data=data)
-                for blob_id, data in zip(ordered, blobs, strict=True)
-            ]
+        self._packer.append(blobs)
+        return StoredBatch(ids=ids, added_size=sum(len(blob.data) for blob in blobs))
+
+    def _find_usable(self, blob_ids: Iterable[BlobId]) -> dict[BlobId, BlobLocation]:
+        """Where those blobs lie that may be relied on: with them, if they are differences, their bases."""
+        return self._usable(list(blob_ids), DIFFERENCES_MAX)
+
+    def _usable(self, blob_ids: list[BlobId], differences_max: int) -> dict[BlobId, BlobLocation]:
+        found = {
+            blob_id: location
+            for blob_id, location in zip(blob_ids, self._index.find_usable(blob_ids), strict=True)
+            if location is not None and self._avoided.allows(blob_id, location)
+        }
+        bases = {location.base for location in found.values() if location.base is not None}
+        if not bases:
+            return found
+        usable = self._usable(list(bases), differences_max - 1) if differences_max else {}
+        return {
+            blob_id: location
+            for blob_id, location in found.items()
+            if location.base is None or location.base in usable
+        }
+
+    def _encode(
+        self,
+        new: list[tuple[BlobId, Buffer]],
+        ids: list[BlobId],
+        level: int,
+        find_earlier: FindEarlier | None,
+    ) -> list[NewBlob]:
+        blobs: dict[BlobId, bytes] = {}
+        if self._differences is not None and find_earlier is not None:
+            # What is stored again because it is damaged is stored whole: others may differ from it.
+            damaged = self._avoided.blobs
+            fresh = [(blob_id, plain) for blob_id, plain in new if blob_id not in damaged]
+            blobs = self._differences.encode(fresh, dict(zip(ids, find_earlier(), strict=True)))
+        whole = [(blob_id, plain) for blob_id, plain in new if blob_id not in blobs]
+        encoded = self._encoder.encode_many(
+            [plain for _, plain in whole], [blob_id for blob_id, _ in whole], level=level
         )
-        return sum(map(len, blobs))
+        blobs |= zip((blob_id for blob_id, _ in whole), encoded, strict=True)
+        return [NewBlob(blob_id=blob_id, level=level, data=blobs[blob_id]) for blob_id, _ in new]

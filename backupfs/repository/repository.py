@@ -24,14 +24,16 @@ from backupfs.errors import (
 from backupfs.format.config import (
     CONFIG_NAME,
     CONFIG_SIZE_MAX,
+    DIFFERENCES,
     RepositoryConfig,
     check_options,
     decode_config,
     encode_config,
 )
 from backupfs.format.ids import IdScheme
+from backupfs.repository.avoided import Avoided
 from backupfs.repository.blobs import BlobReader
-from backupfs.repository.chunks import Avoided, ChunkStore
+from backupfs.repository.chunks import ChunkStore
 from backupfs.repository.index import Index
 from backupfs.repository.metadata import MetadataStore
 from backupfs.repository.packer import Packer
@@ -91,6 +93,7 @@ def init_repository(
         pack_size=pack_size,
         compression_level=compression_level,
         created_at=ambient.now().replace(microsecond=0),
+        mandatory_features=(DIFFERENCES,),
     )
     # Last: a folder without it is no repository.
     open_storage(location, ambient).put_new(CONFIG_NAME, encode_config(config, IdScheme()))
@@ -131,6 +134,8 @@ class Writer:
             chunk_size=config.chunk_size,
             compression_level=config.compression_level,
             avoided=repository.avoided,
+            reader=repository.reader,
+            with_differences=DIFFERENCES in config.mandatory_features,
         )
         self.workers = Workers(min(os.cpu_count() or 1, WORKERS_MAX))
         self.credit = Credit(CREDIT_SIZE)

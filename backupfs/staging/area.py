@@ -23,7 +23,7 @@ from backupfs.errors import (
 )
 from backupfs.format.names import PART_SIZE_MAX, check_volume_name, folders_of, volume_of
 from backupfs.format.record import Record
-from backupfs.repository.images import Root
+from backupfs.repository.images import EMPTY, Root
 from backupfs.repository.repository import Repository
 from backupfs.staging.deciding import Decider
 from backupfs.staging.draft import NO_CONTENT, Content, Draft
@@ -34,6 +34,7 @@ from backupfs.staging.lifecycle import (
     Policy,
     State,
     is_rsync_temporary,
+    likely_path,
     why_not_published,
 )
 from backupfs.staging.staged_file import StagedFile
@@ -107,7 +108,9 @@ class StagingArea:
 
         Raises: InvalidName, NameTaken.
         """
-        draft = self._new_draft(NO_CONTENT)
+        latest = self._catalogue.latest(volume_of(likely_path(name)))
+        alike = EMPTY if latest is None else Root(latest.root, latest.height)
+        draft = self._new_draft(NO_CONTENT, alike)
         staged = StagedFile(
             draft_id=self._ambient.random_bytes(16).hex(),
             name=name,
@@ -351,6 +354,8 @@ class StagingArea:
                 staged.failure = str(error)
                 content = staged.draft.saved
             roots.add(content.root)
+            # Any other image that it resembles gc may take from now on.
+            staged.draft.resembles(content.root)
         return roots
 
     def _clear(self, staged: StagedFile) -> None:
@@ -392,7 +397,7 @@ class StagingArea:
 
     # -- helpers -----------------------------------------------------------------------------------
 
-    def _new_draft(self, content: Content) -> Draft:
+    def _new_draft(self, content: Content, alike: Root | None = None) -> Draft:
         return Draft(
             reader=self._repository.reader,
             store=self._writer.store,
@@ -400,6 +405,7 @@ class StagingArea:
             credit=self._writer.credit,
             share=self._writer.open_share,
             content=content,
+            alike=alike or content.root,
         )
 
     def _must_find(self, name: str) -> StagedFile:

@@ -20,10 +20,10 @@ from backupfs.errors import BackupfsError, ImageTooLarge, StorageUnavailable
 from backupfs.format import tree
 from backupfs.repository.blobs import BlobReader
 from backupfs.repository.chunks import ChunkStore
-from backupfs.repository.images import EMPTY, Root, TreeEditor
+from backupfs.repository.images import EMPTY, Root, TreeEditor, leaf_ids
 from backupfs.repository.workers import Credit, OpenShare, Workers
 from backupfs.staging.pending import Batch, PendingChunk, PendingChunks
-from backupfs.types import IMAGE_SIZE_MAX, Buffer
+from backupfs.types import HOLE, IMAGE_SIZE_MAX, BlobId, Buffer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,9 @@ class Draft:
         credit: Credit,
         share: OpenShare,
         content: Content = NO_CONTENT,
+        alike: Root = EMPTY,
     ) -> None:
+        """``alike``: see ``resembles``."""
         self._reader = reader
         self._store = store
         self._workers = workers
@@ -62,6 +64,7 @@ class Draft:
         self._idle = threading.Condition(self._lock)
         self._tree = self._tree_of(content)
         self._saved = content
+        self._alike = alike
         self._size = content.size
         self._pending = PendingChunks(
             chunk_size=store.chunk_size, batch_count=store.batch_count, share=share
@@ -93,6 +96,13 @@ class Draft:
     def error(self) -> BackupfsError | None:
         """Why something written was lost; until ``forgive`` every write and checkpoint says so."""
         return self._error
+
+    def resembles(self, root: Root) -> None:
+        """What will be written is likely much like that image, so it is stored as differences to it.
+
+        Only a hint: the image may go. Content that is cleared keeps it.
+        """
+        self._alike = root
 
     def forgive(self) -> None:
         """Take writes again after an error; the content is that of the last checkpoint."""
@@ -256,7 +266,8 @@ class Draft:
             [
                 chunk.data if chunk.extents is None else self._completed(chunk_index, chunk)
                 for chunk_index, chunk in batch
-            ]
+            ],
+            find_earlier=partial(self._earlier, batch),
         )
         ids = dict(zip((chunk_index for chunk_index, _chunk in batch), stored.ids, strict=True))
         with self._tree_lock:
@@ -267,6 +278,15 @@ class Draft:
             with self._lock:
                 # Written again meanwhile: the newer one stays, over what was just put.
                 self._pending.settle(batch)
+
+    def _earlier(self, batch: Batch) -> list[BlobId]:
+        """What the image that this one resembles has at the places of ``batch``."""
+        alike = self._alike
+        try:
+            return [leaf_ids(self._reader, alike, chunk_index, 1)[0] for chunk_index, _ in batch]
+        except BackupfsError:  # it was deleted, or is damaged: then this is stored without it
+            self._alike = EMPTY
+            return [HOLE] * len(batch)
 
     def _completed(self, chunk_index: int, chunk: PendingChunk) -> bytearray:
         """A chunk written in part, the rest taken from what lay there before."""

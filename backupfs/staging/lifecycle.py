@@ -29,7 +29,7 @@ class State(StrEnum):
 # rsync's ".NAME.XXXXXX" and gio's ".goutputstream-XXXXXX" begin with a dot, as do "._NAME" of Finder.
 _TEMPORARY_SUFFIXES = (".part", ".filepart", ".tmp")
 RENAME_FIRST = "a temporary name; rename it first"
-_RSYNC_NAME = re.compile(r"\..+\.[A-Za-z0-9]{6}", re.DOTALL)
+_RSYNC_NAME = re.compile(r"\.(.+)\.[A-Za-z0-9]{6}", re.DOTALL)
 
 
 def is_temporary(name: str) -> bool:
@@ -52,6 +52,18 @@ def why_not_published(state: str, reason: str) -> str:
 def is_rsync_temporary(name: str) -> bool:
     """Whether rsync makes up names like this one."""
     return _RSYNC_NAME.fullmatch(name) is not None
+
+
+def likely_path(path: str) -> str:
+    """The path that a staged file will have in the end, as far as its temporary name tells."""
+    folder, slash, name = path.rpartition("/")
+    rsync = _RSYNC_NAME.fullmatch(name)
+    if rsync:
+        name = rsync[1]
+    else:
+        for suffix in _TEMPORARY_SUFFIXES:
+            name = name.removesuffix(suffix)
+    return f"{folder}{slash}{name}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

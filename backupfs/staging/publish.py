@@ -58,7 +58,9 @@ def publish(
             if same == (publication.volume, content.root.root, content.size):
                 return earlier
             raise BackupExists(backup_id=publication.backup_id)
-        parent = _parent(catalogue, publication, content.size)
+        parent = find_parent(catalogue, publication)
+        if parent is not None and parent.size != content.size:
+            parent = None
         volume = publication.volume
         moment = publication.data_timestamp.astimezone(UTC).replace(microsecond=0)
         taken = {record.name for record in catalogue.backups(volume)}
@@ -92,15 +94,13 @@ def publish(
     return record
 
 
-def _parent(catalogue: Catalogue, publication: Publication, size: int) -> Record | None:
-    """The backup the new one is taken over; one of another size, or gone, is none."""
+def find_parent(catalogue: Catalogue, publication: Publication) -> Record | None:
+    """The backup that a new one is meant to be taken over, whatever its size; None where it is gone."""
     if publication.parent is None:
         return None
     if publication.parent == LATEST:
-        parent = catalogue.latest(publication.volume)
-    else:
-        parent = catalogue.get(publication.parent)
-    return parent if parent is not None and parent.size == size else None
+        return catalogue.latest(publication.volume)
+    return catalogue.get(publication.parent)
 
 
 def publishing(repository: Repository) -> AbstractContextManager[FileLock]:

@@ -149,6 +149,7 @@ class StagedFile:
     def became_backup(self, backup_id: str, next_id: str) -> None:
         """Its content is that of a backup now."""
         self.published_id, self.next_id = backup_id, next_id
+        self.draft.resembles(self.draft.saved.root)
         self.changed = self.interrupted = self.left_partial = self.renamed = False
         self.failure = ""
         self.stored_bytes = 0

@@ -9,8 +9,9 @@ from support.images import CHUNK_SIZE, PACK_SIZE
 
 from backupfs.ambient import Ambient
 from backupfs.format.ids import IdScheme
+from backupfs.repository.avoided import Avoided
 from backupfs.repository.blobs import BlobReader
-from backupfs.repository.chunks import Avoided, ChunkStore
+from backupfs.repository.chunks import ChunkStore
 from backupfs.repository.index import Index
 from backupfs.repository.packer import Packer
 from backupfs.repository.rebuild import refresh_index
@@ -71,6 +72,8 @@ def make_parts(folder: Path, storage: LocalStorage, *, pack_size: int = PACK_SIZ
         chunk_size=CHUNK_SIZE,
         compression_level=1,
         avoided=avoided,
+        reader=reader,
+        with_differences=True,
     )
     return Parts(
         storage=storage,

@@ -1,0 +1,101 @@
+"""Stores changed chunks as their differences to what lay at the same place before.
+
+A disk changes in blocks of 4 KiB or less, a chunk has 64 KiB: most of a changed chunk is known. What
+differs is a small part of what the chunk takes by itself, and as much less is written. Reading it takes
+its base as well, so only what gains much is stored so, and a base is never a difference itself: no
+chunk takes more than two.
+
+A base is relied on like any chunk that is not stored again (see ``chunks``), and it must be durable:
+were it still on its way, a crash could keep the difference without it.
+"""
+
+from __future__ import annotations
+
+import operator
+import struct
+from collections.abc import Callable, Iterable, Sequence
+
+from backupfs.errors import BackupfsError
+from backupfs.format.blob import BlobEncoder
+from backupfs.repository.blobs import BlobReader
+from backupfs.repository.index import BlobLocation
+from backupfs.types import HOLE, BlobId, Buffer
+
+# A chunk is like another where at least half of its pieces are those at the same places there.
+PIECE_SIZE = 512
+# What a difference must spare, beside half of what its base takes.
+GAIN_SIZE_MIN = 2048
+# Where so many of a batch are not like what was there, the others are not looked at.
+TRIES = 2
+
+# Where those blobs lie that a writer may rely on, by their ids.
+FindUsable = Callable[[Iterable[BlobId]], dict[BlobId, BlobLocation]]
+
+
+class Differences:
+    """Makes differences for one repository. Thread-safe."""
+
+    def __init__(
+        self,
+        *,
+        encoder: BlobEncoder,
+        reader: BlobReader,
+        find_usable: FindUsable,
+        chunk_size: int,
+    ) -> None:
+        self._encoder = encoder
+        self._reader = reader
+        self._find_usable = find_usable
+        self._chunk_size = chunk_size
+        self._pieces = struct.Struct(f"{PIECE_SIZE}s" * (chunk_size // PIECE_SIZE))
+
+    def encode(
+        self, chunks: Sequence[tuple[BlobId, Buffer]], earlier: dict[BlobId, BlobId]
+    ) -> dict[BlobId, bytes]:
+        """Blobs of those ``chunks`` that are to be stored as differences.
+
+        ``earlier``: by the id of a chunk, that of what lay at its place before.
+        """
+        try:
+            bases = self._bases({earlier[blob_id] for blob_id, _ in chunks if blob_id in earlier})
+            wanted = [
+                (blob_id, plain, *bases[earlier[blob_id]])
+                for blob_id, plain in chunks
+                if earlier.get(blob_id) in bases
+            ]
+            blobs = self._encode(wanted[:TRIES])
+            if blobs or len(wanted) <= TRIES:
+                blobs |= self._encode(wanted[TRIES:])
+        except BackupfsError:  # a base cannot be read: whoever has it stores its chunk whole
+            return {}
+        return blobs
+
+    def _bases(self, before: set[BlobId]) -> dict[BlobId, tuple[BlobId, int]]:
+        """The base to take for what is like a chunk, and the bytes that the base takes."""
+        locations = self._find_usable(before - {HOLE})
+        # What is a difference itself has a base that is as good.
+        others = {location.base for location in locations.values() if location.base is not None}
+        locations |= self._find_usable(others - locations.keys())
+        bases = {}
+        for blob_id in before & locations.keys():
+            base_id = locations[blob_id].base or blob_id
+            location = locations.get(base_id)
+            if location is not None and location.base is None:
+                bases[blob_id] = (base_id, location.size)
+        return bases
+
+    def _encode(self, wanted: Sequence[tuple[BlobId, Buffer, BlobId, int]]) -> dict[BlobId, bytes]:
+        blobs = {}
+        plain_bases = self._reader.chunks([base_id for _, _, base_id, _ in wanted])
+        for (blob_id, plain, base_id, base_size), base in zip(wanted, plain_bases, strict=True):
+            if blob_id == base_id or not self._is_like(plain, base):
+                continue
+            blob = self._encoder.encode_difference(plain, blob_id, base, base_id)
+            if blob is not None and len(blob) <= min(base_size // 2, base_size - GAIN_SIZE_MIN):
+                blobs[blob_id] = blob
+        return blobs
+
+    def _is_like(self, chunk: Buffer, base: Buffer) -> bool:
+        pieces, pieces_of_base = self._pieces.unpack(chunk), self._pieces.unpack(base)
+        equal_count: int = sum(map(operator.eq, pieces, pieces_of_base))
+        return 2 * equal_count >= len(pieces)
