@@ -16,6 +16,7 @@ from support.crash_run import Act, Backups, Promise, Run, Staged, nothing
 from backupfs.ambient import Ambient
 from backupfs.errors import BackupfsError, BackupNotFound, DraftNotFound
 from backupfs.format.names import volume_of
+from backupfs.format.record import encode_record
 from backupfs.service import Record, RetentionPolicy
 from backupfs.staging.keeper import _name_aside
 from backupfs.staging.lifecycle import State, is_temporary
@@ -128,7 +129,7 @@ class World:
     def import_back(self, backup_id: str) -> None:
         """Have a deleted backup back from its record."""
         record = self._records[backup_id]
-        data = self.run.service.export_record(record)
+        data = encode_record(record, self.run.service.repository.ids)
         if self.run.service.catalogue.by_name(record.volume, record.name) is not None:
             return  # another of the same second has its name now
 
