@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks import growth, measure, plot, report
-from benchmarks.bench import Bench
+from benchmarks.bench import Bench, keep_figures, known_figures
 from benchmarks.peers import SUBJECTS
 from benchmarks.workload import EXTREMES, GENERATIONS, data_ranges, make_workload
 
@@ -32,13 +32,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/bench",
         description="Measure backupfs beside other tools; prints Markdown tables.",
-        epilog="Example: scripts/bench --size 256M --runs 1 --only mount,command,cp",
+        epilog="Examples: scripts/bench --size 256M --runs 1 --only mount,command,cp; "
+        "scripts/bench --only '' --growth 1G,4G",
     )
     add = parser.add_argument
     add("--size", type=parse_size, default="2G", help="size of the base image (default 2G)")
     add("--runs", type=int, default=3, help="medians are taken of this many runs (default 3)")
     add("--seed", type=int, default=1, help="chooses files and changes (default 1)")
-    add("--only", default=",".join(SUBJECTS), help=f"of {','.join(SUBJECTS)} (default: all)")
+    every = ",".join(SUBJECTS)
+    add("--only", default=every, help=f"of {every} (default: all; '' for none)")
     every = ",".join(GENERATIONS)
     add("--generations", default=every, help=f"of {every} (default: all)")
     every = ",".join(EXTREMES)
@@ -46,15 +48,23 @@ def parse_arguments() -> argparse.Namespace:
     add("--no-reads", action="store_true", help="leave out the reads through mounts")
     add("--work", type=Path, help="folder to work in; its images are kept for the next time")
     add("--figures", type=Path, help="add to the figures that this file has, and keep them in it")
-    add("--growth", action="store_true", help="also measure how cost grows; takes 40 GiB of disk")
+    every = ",".join(growth.PARTS)
+    help_growth = f"also measure how cost grows: all, or of {every}; takes 30 GiB of disk"
+    add("--growth", nargs="?", const=every, default="", metavar="PARTS", help=help_growth)
     add("--output", type=Path, help="put the tables into this Markdown file, a plot beside it")
     arguments = parser.parse_args()
-    arguments.only = arguments.only.split(",")
+    arguments.only = [name for name in arguments.only.split(",") if name]
+    arguments.growth = [part for part in arguments.growth.split(",") if part]
     arguments.generations = arguments.generations.split(",")
     arguments.extremes = [name for name in arguments.extremes.split(",") if name]
     for name in arguments.only:
         if name not in SUBJECTS:
             parser.error(f"--only {name}: not one of {', '.join(SUBJECTS)}")
+    if arguments.output is not None and not arguments.only:
+        parser.error("--output replaces the tables of subjects: name some with --only")
+    for part in arguments.growth:
+        if part not in growth.PARTS:
+            parser.error(f"--growth {part}: not one of {', '.join(growth.PARTS)}")
     for name in arguments.generations:
         if name not in GENERATIONS:
             parser.error(f"--generations {name}: not one of {', '.join(GENERATIONS)}")
@@ -111,18 +121,24 @@ def main() -> int:
             work = arguments.work
             work.mkdir(parents=True, exist_ok=True)
         work = work.resolve()
-        bench, versions, absent = prepare(arguments, work)
-        bench.run([name for name in arguments.only if name not in absent])
-        bench.note_peaks()
-        text = describe(bench, versions, cold=measure.drop_caches())
+        bench, text = None, ""
+        if arguments.only:
+            bench, versions, absent = prepare(arguments, work)
+            bench.run([name for name in arguments.only if name not in absent])
+            bench.note_peaks()
+            text = describe(bench, versions, cold=measure.drop_caches())
         if arguments.growth:
-            text += growth.measure_growth(work)
+            figures = known_figures(arguments.figures).get("growth", {})
+            growth.measure_growth(work, arguments.growth, figures)
+            keep_figures(arguments.figures, {"growth": figures})
+            text += growth.tables(figures)
     print(text)
     if arguments.output is not None:
         report.put_into(arguments.output, text)
-        titles = {name: subject.title for name, subject in SUBJECTS.items()}
-        arguments.output.with_suffix(".svg").write_text(plot.draw(bench.figures, titles))
-    return 1 if bench.ours_failed else 0
+        if bench is not None:
+            titles = {name: subject.title for name, subject in SUBJECTS.items()}
+            arguments.output.with_suffix(".svg").write_text(plot.draw(bench.figures, titles))
+    return 1 if bench is not None and bench.ours_failed else 0
 
 
 def prepare(arguments: argparse.Namespace, work: Path) -> tuple[Bench, list[str], list[str]]:

@@ -7,9 +7,10 @@ import filecmp
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from benchmarks import measure, report
 from benchmarks.measure import MeasurementFailed
@@ -19,9 +20,23 @@ from benchmarks.subjects import BackupfsCommand, Subject
 from benchmarks.workload import Workload
 
 
+def known_figures(path: Path | None) -> dict[str, Any]:
+    """All that the file has: of subjects by name, and of "growth"."""
+    known: dict[str, Any] = {}
+    if path is not None and path.exists():
+        known = json.loads(path.read_text())
+    return known
+
+
+def keep_figures(path: Path | None, figures: Mapping[str, Any]) -> None:
+    """Put figures into the file, in place of those of the same names."""
+    if path is not None:
+        path.write_text(json.dumps({**known_figures(path), **figures}, indent=1))
+
+
 def load_figures(path: Path | None) -> dict[str, dict[str, list[float]]]:
     """Subject -> figure -> its value in each run so far, subjects as they are listed."""
-    known = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    known = known_figures(path)
     return {name: defaultdict(list, known[name]) for name in SUBJECTS if name in known}
 
 
@@ -54,8 +69,7 @@ class Bench:
                 for image in self.workload.extremes:
                     source = self.source.with_name(image.name)
                     self.run_subject(name, source, self.measure_extreme)
-        if self.arguments.figures is not None:
-            self.arguments.figures.write_text(json.dumps(self.figures, indent=1))
+        keep_figures(self.arguments.figures, self.figures)
 
     def run_subject(self, name: str, source: Path, act: Callable[[str, Subject], None]) -> None:
         folder = self.work / "run"

@@ -86,6 +86,17 @@ def resident_peak(process_id: int) -> int:
     raise MeasurementFailed(f"process {process_id} is gone")
 
 
+def resident_now(process_id: int) -> tuple[int, int]:
+    """Bytes that a process has in memory: its own, and of mapped files. Zero where it is gone."""
+    try:
+        lines = Path(f"/proc/{process_id}/status").read_text().splitlines()
+    except OSError:
+        return 0, 0
+    sizes = dict(line.split(":", 1) for line in lines)
+    anonymous, mapped = (sizes.get(name, "0").split()[0] for name in ("RssAnon", "RssFile"))
+    return int(anonymous) * 1024, int(mapped) * 1024
+
+
 def stored_size(folder: Path) -> int:
     """Bytes that the files below ``folder`` take: their size, or less where they have holes."""
     os.sync()  # allocation is known only then
