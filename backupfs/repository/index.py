@@ -29,6 +29,7 @@ import lmdb
 
 from backupfs.errors import StorageUnavailable
 from backupfs.format.pack import PackEntry
+from backupfs.repository.mapped import mapped_size, unmap_pages
 from backupfs.storage.local import sync_folder
 from backupfs.types import BLOB_ID_SIZE, BlobId, PackId
 
@@ -42,6 +43,11 @@ NUMBER = struct.Struct(">I")  # big-endian, so that numbers sort
 # Address space, not memory or disk: the file grows as entries come.
 MAP_SIZES = (1 << 40, 1 << 36, 1 << 32)
 READERS_MAX = 1024
+# What may be mapped of it and of all other files (some 14 MiB are the program) before it is unmapped.
+# Below that, which is 45 GiB of unique data, nothing is; beyond, each look-up takes some 4 us more, as
+# it maps its pages again, 64 KiB at once.
+MAPPED_SIZE_MAX = 96 << 20
+LOOKUPS_BETWEEN = 512
 # Locked by all processes that have the index open.
 USERS_NAME = "users"
 
@@ -99,7 +105,11 @@ class Index:
 
     def _find(self, blob_ids: Sequence[BlobId], *, with_damaged: bool) -> list[BlobLocation | None]:
         with self._lock:
+            before = self.lookup_count
             self.lookup_count += len(blob_ids)
+            is_due = before // LOOKUPS_BETWEEN != self.lookup_count // LOOKUPS_BETWEEN
+        if is_due:
+            self._limit_mapped()
         with self._reading() as transaction:
             pack_ids = self._known_packs(transaction)
             found = [transaction.get(blob_id[:KEY_SIZE], db=self._blobs) for blob_id in blob_ids]
@@ -146,6 +156,12 @@ class Index:
                 [(entry.blob_id[:KEY_SIZE], _value(number, entry)) for entry in ordered]
             )
             self._bump_generation(transaction)
+        self._limit_mapped()
+
+    def _limit_mapped(self) -> None:
+        """Have the pages that were looked at not count as this process's memory for ever."""
+        if mapped_size() > MAPPED_SIZE_MAX:
+            unmap_pages(_file(self._folder))
 
     def _is_whole(self, transaction: Any, blob_id: BlobId) -> bool:
         """Whether a chunk can be read from where it is listed, without another one."""
@@ -403,7 +419,7 @@ def _environment(folder: Path) -> Any:
     for map_size in _map_sizes():
         try:
             return lmdb.open(
-                str(folder / f"index-{VERSION}"),
+                str(_file(folder)),
                 map_size=map_size,
                 max_dbs=8,
                 max_readers=READERS_MAX,
@@ -419,7 +435,7 @@ def _environment(folder: Path) -> Any:
 
 def _is_whole(folder: Path, environment: Any) -> bool:
     """Whether the file has all its pages: looking at one that was cut off would end the process."""
-    size = (folder / f"index-{VERSION}").stat().st_size
+    size = _file(folder).stat().st_size
     pages = environment.info()["last_pgno"] + 1
     return bool(size >= pages * environment.stat()["psize"])
 
@@ -455,6 +471,10 @@ def _discard(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         elif path.name != USERS_NAME:
             path.unlink(missing_ok=True)
+
+
+def _file(folder: Path) -> Path:
+    return folder / f"index-{VERSION}"
 
 
 def _clean_mark(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -68,6 +69,13 @@ def entries(*numbers: int, offset: int = 0) -> list[PackEntry]:
 
 def at(pack_number: int, offset: int) -> BlobLocation:
     return BlobLocation(pack_id=pack(pack_number), offset=offset, size=100)
+
+
+def resident_of_files() -> int:
+    """Bytes of files that this process has mapped and in memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    sizes = [line.split()[1] for line in lines if line.startswith(("RssFile:", "RssShmem:"))]
+    return sum(map(int, sizes)) * 1024
 
 
 def test_what_was_added_is_found_in_the_order_asked(index):
@@ -326,6 +334,48 @@ def test_less_address_space_is_made_do_with(folder, monkeypatch):
 
 
 # -- many at a time ----------------------------------------------------------------------------
+
+
+def test_pages_that_were_looked_at_do_not_stay_mapped_without_bound(index, monkeypatch):
+    """A daemon of a large repository would seem to hold all of its index in memory."""
+    count = 30_000
+    blob_ids = [BlobId(random.Random(number).randbytes(32)) for number in range(count)]
+    packed = [PackEntry(blob_id=one, offset=0, size=100, level=0) for one in blob_ids]
+    index.add_pack(pack(1), packed)
+    index.find_many(blob_ids)
+    before = resident_of_files()
+
+    monkeypatch.setattr(index_module, "MAPPED_SIZE_MAX", 0)
+    assert all(index.find_many(blob_ids))
+    index.add_pack(pack(2), entries(1))
+
+    assert resident_of_files() < before - (1 << 20)
+    assert all(index.find_many(blob_ids[:100]))
+
+
+def test_readers_are_right_while_pages_are_unmapped(index, monkeypatch):
+    monkeypatch.setattr(index_module, "MAPPED_SIZE_MAX", 0)
+    monkeypatch.setattr(index_module, "LOOKUPS_BETWEEN", 1)
+    index.add_pack(pack(1), entries(*range(1000)))
+    problems: list[object] = []
+
+    def read(seed: int) -> None:
+        choice = random.Random(seed)
+        for _ in range(300):
+            numbers = choice.sample(range(1000), 20)
+            found = index.find_many([blob(number) for number in numbers])
+            if found != [at(1, number * 100) for number in numbers]:
+                problems.append(numbers)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for number in range(20):
+        index.add_pack(pack(2 + number), entries(2000 + number))
+    for thread in threads:
+        thread.join()
+
+    assert problems == []
 
 
 def test_readers_never_see_a_pack_half_taken_in(index):
