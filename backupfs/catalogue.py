@@ -11,10 +11,11 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TypeVar
 
 from backupfs.errors import CorruptObject
-from backupfs.format.names import order_of
+from backupfs.format.names import order_of, stamp_of
 from backupfs.format.record import RECORDS_PREFIX, Record, backup_id_of, record_name
 from backupfs.repository.records import RecordLoader, as_damage
 from backupfs.storage.local import LocalStorage
@@ -135,6 +136,20 @@ class Catalogue:
         """A volume's backups, oldest first."""
         with self._lock:
             return list(self._by_volume.get(volume, ()))
+
+    def names_of_second(self, volume: str, moment: datetime) -> list[str]:
+        """The names of a volume's backups of that second."""
+        stamp = stamp_of(moment)
+        with self._lock:
+            backups = self._by_volume.get(volume, [])
+            names = []
+            for place in range(
+                bisect.bisect_left(backups, (stamp, 0, ""), key=_order), len(backups)
+            ):
+                if order_of(backups[place].name)[0] != stamp:
+                    break
+                names.append(backups[place].name)
+            return names
 
     def latest(self, volume: str) -> Record | None:
         with self._lock:

@@ -84,6 +84,34 @@ def test_ten_backups_of_one_second_stand_in_the_order_of_their_numbers(service, 
     assert catalogue.backups("vm") == records
 
 
+def test_the_names_of_one_second_are_those_and_no_others(service, catalogue):
+    before = in_order(service, 2)
+    clock = service.repository.ambient
+    same = [back_up(service, noise(100, seed=seed)) for seed in range(12)]
+    moment = clock.now()
+    clock.advance(1)
+    in_order(service, 2)
+    in_order(service, 1, volume="other")
+    catalogue.refresh()
+
+    assert catalogue.names_of_second("vm", moment) == [record.name for record in same]
+    assert catalogue.names_of_second("vm", before[0].data_timestamp) == [before[0].name]
+    assert catalogue.names_of_second("other", moment) == []
+    assert catalogue.names_of_second("none", moment) == []
+
+
+def test_many_records_at_once_and_one_by_one_come_in_one_order(service, catalogue):
+    records = in_order(service, 40)
+    alone = catalogue
+    for record in reversed(records):
+        alone.add(record)
+    together = uncached(service.repository.storage, service)
+    together.refresh()
+
+    assert alone.all() == together.all() == records
+    assert together.by_name("vm", records[7].name) == records[7]
+
+
 def test_of_two_backups_with_one_name_the_other_is_found_when_one_goes(service, catalogue):
     """Published by two hosts at once: the name is no more than a name."""
     (record,) = in_order(service, 1)

@@ -66,15 +66,21 @@ def volume_of(staged: str) -> str:
 
 def backup_name(data_timestamp: datetime, taken: Collection[str]) -> str:
     """The file name of a backup of that moment, behind all those of its second in ``taken``."""
-    # Not strftime: it writes years before 1000 with fewer digits.
-    moment = data_timestamp.astimezone(UTC).replace(tzinfo=None)
-    stamp = moment.isoformat(timespec="seconds").replace(":", "")
+    stamp = stamp_of(data_timestamp)
     numbers = {number for found, number in map(order_of, taken) if found == stamp}
     # Not the first that is free: the newest backup has the highest, whatever was deleted before it.
     number = max(numbers, default=0) + 1
     if number > NUMBER_MAX:  # only a forged record is called so
         number = next(free for free in itertools.count(1) if free not in numbers)
     return f"{stamp}Z.img" if number == 1 else f"{stamp}Z-{number}.img"
+
+
+def stamp_of(moment: datetime) -> str:
+    """How the names of all backups of that second begin; see ``order_of``."""
+    # Not strftime: it writes years before 1000 with fewer digits.
+    return (
+        moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="seconds").replace(":", "")
+    )
 
 
 def order_of(name: str) -> tuple[str, int]:

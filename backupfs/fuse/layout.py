@@ -237,8 +237,8 @@ class Layout:
 
     def _follow(self, change: Change) -> None:
         with self._lock:
-            for record in (*change.added, *change.removed):
-                self._follow_volume(record.volume)
+            for volume in {record.volume for record in (*change.added, *change.removed)}:
+                self._follow_volume(volume)
             for record in change.added:
                 self._without_latest.discard(record.volume)
 

@@ -63,7 +63,7 @@ def publish(
             parent = None
         volume = publication.volume
         moment = publication.data_timestamp.astimezone(UTC).replace(microsecond=0)
-        taken = {record.name for record in catalogue.backups(volume)}
+        taken = catalogue.names_of_second(volume, moment)
         record = Record(
             backup_id=publication.backup_id,
             repository_id=repository.config.repository_id,
