@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Collection, Iterator
 
 from backupfs.errors import CorruptObject, InvalidRecord, ObjectNotFound, StorageUnavailable
@@ -136,7 +137,14 @@ class RecordLoader:
 
         Raises: StorageError.
         """
-        cache = self._cache if len(backup_ids) >= CACHED_COUNT_MIN else None
+        if len(backup_ids) < CACHED_COUNT_MIN or self._cache is None:
+            return self._load(backup_ids, None)
+        with _uncollected():
+            return self._load(backup_ids, self._cache)
+
+    def _load(
+        self, backup_ids: Collection[str], cache: RecordCache | None
+    ) -> tuple[dict[str, Record], dict[str, UnreadableError]]:
         records = {} if cache is None else self._kept(cache, set(backup_ids))
         unreadable: dict[str, UnreadableError] = {}
         fresh: list[KeptRecord] = []
@@ -175,3 +183,16 @@ class RecordLoader:
         if useless_count > len(records) + USELESS_COUNT_MAX:
             cache.clear()
         return records
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Python does not look for garbage meanwhile: of many new objects that all stay it makes its
+    rounds again and again, a third of the time. At worst, beside another thread, it does look."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
