@@ -61,6 +61,7 @@ def likely_path(path: str) -> str:
     if rsync:
         name = rsync[1]
     else:
+        name = name.removeprefix(".")
         for suffix in _TEMPORARY_SUFFIXES:
             name = name.removesuffix(suffix)
     return f"{folder}{slash}{name}"

@@ -15,6 +15,7 @@ from backupfs.staging.lifecycle import (
     decide,
     is_rsync_temporary,
     is_temporary,
+    likely_path,
 )
 
 DEFAULT = Policy()
@@ -162,3 +163,22 @@ def test_names_that_programs_use_until_a_copy_is_complete(name, expected):
 )
 def test_names_that_rsync_makes_up(name, expected):
     assert is_rsync_temporary(name) is expected
+
+
+@pytest.mark.parametrize(
+    ("path", "likely"),
+    [
+        ("web01.img", "web01.img"),
+        ("100/disk-0.raw", "100/disk-0.raw"),
+        (".web01.img.x7Yz01", "web01.img"),
+        ("100/.disk-0.raw.AbCdEf", "100/disk-0.raw"),
+        (".web01.img", "web01.img"),
+        ("web01.img.part", "web01.img"),
+        ("web01.img.filepart", "web01.img"),
+        (".web01.img.tmp", "web01.img"),
+        (".", ""),
+        ("", ""),
+    ],
+)
+def test_a_temporary_name_tells_what_the_file_will_be_called(path, likely):
+    assert likely_path(path) == likely
