@@ -16,7 +16,7 @@ class Image:
 
     def __init__(self, reader: BlobReader, record: Record) -> None:
         self._reader = reader
-        self._root = Root(record.root, record.height)
+        self.root = Root(record.root, record.height)
         self.chunk_size = record.chunk_size
         self.size = record.size
 
@@ -36,7 +36,7 @@ class Image:
         first, count, start, size = self._range(offset, size)
         if not size:
             return b""
-        ids = cached_leaf_ids(self._reader, self._root, first, count)
+        ids = cached_leaf_ids(self._reader, self.root, first, count)
         if ids is None:
             return None
         chunks = []
@@ -47,9 +47,15 @@ class Image:
             chunks.append(chunk)
         return _slice(chunks, start, size)
 
+    def piece_of_chunk(self, offset: int, size: int) -> tuple[int, int, int] | None:
+        """A range, cut to the image, as chunk index, place within the chunk and size; None where it
+        lies in more than one chunk, or in none."""
+        first, count, start, size = self._range(offset, size)
+        return (first, start, size) if count == 1 else None
+
     def chunk_ids(self, first: int, count: int) -> list[BlobId]:
         """Ids of chunks, for reading ahead. Raises: DamageError, StorageError."""
-        return leaf_ids(self._reader, self._root, first, count)
+        return leaf_ids(self._reader, self.root, first, count)
 
     def extents(self, offset: int, size: int) -> list[ImageExtent]:
         """What a range holds that begins at a multiple of the chunk size, in order.

@@ -112,9 +112,22 @@ class FileRequests(Requests):
         return content[off : off + size]
 
     async def _read_image(self, image: Image, offset: int, size: int) -> bytes:
+        piece = image.piece_of_chunk(offset, size)
+        if piece is not None and not self._writers_open:
+            return await self._read_piece(image, *piece)
         data = image.read_cached(offset, size)
         if data is None:
             data = await self.threads.read(image.read, offset, size)
+        return data
+
+    async def _read_piece(self, image: Image, chunk_index: int, start: int, size: int) -> bytes:
+        """``size`` bytes from place ``start`` of a chunk."""
+        chunk = await self.quick_reader.read(image.root, chunk_index)
+        if chunk is not None:
+            return chunk[start : start + size]
+        offset = chunk_index * image.chunk_size + start
+        data = await self.threads.read(image.read, offset, size)
+        self.quick_reader.learn(image.root, chunk_index)
         return data
 
     @answered
@@ -170,6 +183,7 @@ class FileRequests(Requests):
     async def release(self, fh: int) -> None:
         handle = self._handles.pop(fh)
         if isinstance(handle, StagedWriter):
+            self._writers_open -= 1
             interrupted = was_killed(handle.opener.process_id)
             async with self._a_publish(handle.staged):
                 handle.released.set()
@@ -194,6 +208,7 @@ class FileRequests(Requests):
         # what it copies, from a temporary folder of another file system say, empty and exclusively.
         in_place = write_only and not flags & (os.O_TRUNC | os.O_EXCL)
         writer.handle.sets_size_last = in_place and writer.opener.name == b"rsync"
+        self._writers_open += 1
         # direct_io takes 1 MiB at a time; who may mmap for writing needs the page cache.
         return self._opened(writer, direct=write_only)
 

@@ -17,8 +17,10 @@ from backupfs.errors import BackupfsError, MountFailed
 from backupfs.fuse.attributes import Attributes
 from backupfs.fuse.inodes import Inodes
 from backupfs.fuse.layout import Layout
+from backupfs.fuse.next_request import NextRequest
 from backupfs.fuse.operations import Operations
 from backupfs.fuse.options import MountOptions
+from backupfs.fuse.quick_reader import QuickReader
 from backupfs.fuse.texts import Texts
 from backupfs.fuse.threads import Threads
 from backupfs.service import Service, StagingArea
@@ -92,7 +94,14 @@ class Mount:
             pyfuse3.close(unmount=True)
 
     async def _serve(self, on_ready: Callable[[], None]) -> None:
-        self._operations.threads = Threads()
+        monotonic = self._service.repository.ambient.monotonic
+        next_request = NextRequest(monotonic)
+        next_request.install()
+        threads = Threads()
+        self._operations.threads = threads
+        self._operations.quick_reader = QuickReader(
+            self._service.repository.quick_reads, threads, next_request, monotonic
+        )
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_signals)
@@ -102,7 +111,7 @@ class Mount:
                 await pyfuse3.main()
                 nursery.cancel_scope.cancel()
         finally:
-            self._operations.threads.close()
+            threads.close()
 
     async def _refresh(self) -> None:
         await trio.to_thread.run_sync(self._service.refresh)

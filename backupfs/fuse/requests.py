@@ -32,6 +32,7 @@ from backupfs.fuse.handles import (
 from backupfs.fuse.inodes import Inodes
 from backupfs.fuse.layout import RECORD_SUFFIX, Entry, Kind, Layout
 from backupfs.fuse.openers import holds_for_writing, opener_of
+from backupfs.fuse.quick_reader import QuickReader
 from backupfs.fuse.texts import Texts
 from backupfs.fuse.threads import Threads
 from backupfs.service import Service, StagingArea
@@ -102,9 +103,12 @@ class Requests(pyfuse3.Operations):
         self._handles: dict[int, Handle] = {}
         self._folder_handles: dict[int, list[tuple[str, Entry]] | Entry] = {}
         self._next_handle = 1
+        self._writers_open = 0  # handles of staged files, open for writing
         self._sidecars: dict[str, TextWriter] = {}
         self._publishing: dict[trio.Event, _Publish] = {}
-        self.threads: Threads  # set inside the event loop, before the first request
+        # Set inside the event loop, before the first request.
+        self.threads: Threads
+        self.quick_reader: QuickReader
 
     def _entry(self, inode: int) -> Entry:
         entry = self._inodes.entry(inode)

@@ -50,6 +50,10 @@ class Threads:
         )
         return result.unwrap()  # type: ignore[no-any-return]
 
+    def soon(self, work: Callable[[], None]) -> None:
+        """Have ``work`` done in a reader's thread; nobody waits for it, and it raises nothing."""
+        self._readers.submit(work)
+
     async def slow(self, call: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
         """Run ``call`` in a thread; it may wait for disks and locks."""
 

@@ -84,6 +84,18 @@ class BlobReader:
             self._nodes.put(node_key(blob_id, level), data)
         return data
 
+    def nodes(self, blob_ids: Sequence[BlobId], level: int) -> list[bytes]:
+        """Nodes of one level, in order; neighbours in a pack are read at once.
+
+        Raises: DamageError, StorageError; the first of them for all.
+        """
+        found = {blob_id: self.cached_node(blob_id, level) for blob_id in blob_ids}
+        missing = [blob_id for blob_id, data in found.items() if data is None]
+        for blob_id, fetched in zip(missing, self._fetch(missing, level), strict=True):
+            self._nodes.put(node_key(blob_id, level), fetched)
+            found[blob_id] = fetched
+        return [data for blob_id in blob_ids if (data := found[blob_id]) is not None]
+
     def cached_node(self, blob_id: BlobId, level: int) -> bytes | None:
         """A node's bytes if they are in memory."""
         return HOLE_NODE if blob_id == HOLE else self._nodes.get(node_key(blob_id, level))
@@ -117,6 +129,10 @@ class BlobReader:
     def cached_chunk(self, blob_id: BlobId) -> bytes | None:
         """A chunk if it is in memory; never waits."""
         return self.zeros if blob_id == HOLE else self._chunks.get(blob_id)
+
+    def keep_chunk(self, blob_id: BlobId, data: bytes) -> None:
+        """Put a chunk that was proven elsewhere into the cache."""
+        self._chunks.put(blob_id, data)
 
     def raw_at(self, pack_id: PackId, entry: PackEntry) -> bytes:
         """Header and payload of the blob that ``entry`` lists, proven past all caches.

@@ -104,12 +104,7 @@ class Index:
         return self._find(blob_ids, with_damaged=False)
 
     def _find(self, blob_ids: Sequence[BlobId], *, with_damaged: bool) -> list[BlobLocation | None]:
-        with self._lock:
-            before = self.lookup_count
-            self.lookup_count += len(blob_ids)
-            is_due = before // LOOKUPS_BETWEEN != self.lookup_count // LOOKUPS_BETWEEN
-        if is_due:
-            self._limit_mapped()
+        self._count_lookups(len(blob_ids))
         with self._reading() as transaction:
             pack_ids = self._known_packs(transaction)
             found = [transaction.get(blob_id[:KEY_SIZE], db=self._blobs) for blob_id in blob_ids]
@@ -129,6 +124,22 @@ class Index:
                     )
             locations.append(location)
         return locations
+
+    def find_packed(self, blob_ids: Sequence[BlobId]) -> list[bytes | None]:
+        """The same as it is stored, a ``LOCATION`` each, at a quarter of the cost; None for a
+        difference too."""
+        self._count_lookups(len(blob_ids))
+        with self._reading() as transaction:
+            self._known_packs(transaction)
+            get, blobs = transaction.get, self._blobs
+            values = [get(blob_id[:KEY_SIZE], None, blobs) for blob_id in blob_ids]
+        return [
+            value if value is not None and len(value) == LOCATION.size else None for value in values
+        ]
+
+    def known_pack(self, number: int) -> PackId | None:
+        """The pack that a ``LOCATION`` names, as of the last look-up of this process. Never waits."""
+        return self._pack_ids.get(number)
 
     def find(self, blob_id: BlobId) -> BlobLocation | None:
         """Where a blob lies, or None."""
@@ -157,6 +168,14 @@ class Index:
             )
             self._bump_generation(transaction)
         self._limit_mapped()
+
+    def _count_lookups(self, count: int) -> None:
+        with self._lock:
+            before = self.lookup_count
+            self.lookup_count += count
+            is_due = before // LOOKUPS_BETWEEN != self.lookup_count // LOOKUPS_BETWEEN
+        if is_due:
+            self._limit_mapped()
 
     def _limit_mapped(self) -> None:
         """Have the pages that were looked at not count as this process's memory for ever."""

@@ -37,6 +37,7 @@ from backupfs.repository.chunks import ChunkStore
 from backupfs.repository.index import Index
 from backupfs.repository.metadata import MetadataStore
 from backupfs.repository.packer import Packer
+from backupfs.repository.quick_reads import QuickReads
 from backupfs.repository.rebuild import refresh_index
 from backupfs.repository.record_cache import RecordCache
 from backupfs.repository.records import RecordLoader, RecordStore
@@ -195,6 +196,9 @@ class Repository:
             chunk_size=self.config.chunk_size,
             avoided=self.avoided,
             refresh=self._refresh_for_reader,
+        )
+        self.quick_reads = QuickReads(
+            storage=storage, ids=self.ids, index=self.index, reader=self.reader
         )
         self._writer: Writer | None = None
         self._is_closed = False

@@ -96,6 +96,18 @@ class LocalStorage:
             # Also where it is gone: who removed it may not have come to this.
             sync_folder(path.parent)
 
+    def borrow_open(self, name: ObjectName) -> int | None:
+        """A descriptor of the caller's own, if the object is kept open for reading. Never waits."""
+        if not self._lock.acquire(blocking=False):
+            return None
+        try:
+            file = self._open_files.get(name)
+            return None if file is None else os.dup(file)
+        except OSError:  # no descriptor is left
+            return None
+        finally:
+            self._lock.release()
+
     def close_deleted(self) -> None:
         """Give up files kept open for reading that somebody deleted: until then they take room."""
         with self._lock:
