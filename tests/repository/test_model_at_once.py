@@ -27,7 +27,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from support.images import CHUNK_SIZE, PACK_SIZE, BytesSource, noise, restored
+from support.images import CHUNK_SIZE, PACK_SIZE, BytesSource, alike, restored
 
 from backupfs.errors import BackupExists, BackupNotFound, Busy, DamageError, MissingData
 from backupfs.service import Policy, Record, Service, StagingArea, init
@@ -38,7 +38,7 @@ STEPS = int(os.environ.get("BACKUPFS_MODEL_STEPS", "25"))
 HOSTS = 2  # each with an index of its own
 SERVICES_MAX = 3
 VOLUMES = ("a", "b/c", "d")
-POOL = [noise(CHUNK_SIZE, seed=seed) for seed in range(20)]
+FAMILIES, MEMBERS = 5, 5
 services = st.integers(0, SERVICES_MAX - 1)
 seeds = st.integers(0, 1 << 30)
 # Drawn without a look at what there is: that depends on the clock, and draws must not.
@@ -52,10 +52,14 @@ def picked(choices: Iterable[str], pick: int) -> str:
     return ordered[pick % len(ordered)]
 
 
+POOL = [[alike(family, number) for number in range(MEMBERS)] for family in range(FAMILIES)]
+
+
 def image_of(seed: int) -> bytes:
-    """Of few chunks: what one deletes another is about to rely on."""
+    """Of few chunks: what one deletes another is about to rely on; many are differences to others."""
     choice = random.Random(seed)
-    chunks = [choice.choice(POOL) for _ in range(choice.randrange(1, 30))]
+    families = range(choice.randrange(2), choice.randrange(1, 30))
+    chunks = [choice.choice(POOL[place % FAMILIES]) for place in families] or [POOL[0][0]]
     return b"".join(chunks)[: -choice.randrange(1, CHUNK_SIZE)]
 
 
@@ -243,7 +247,7 @@ class Model(RuleBasedStateMachine):
         pieces = [
             (
                 choice.randrange(30) * CHUNK_SIZE // 2,
-                choice.choice(POOL)[: choice.randrange(1, CHUNK_SIZE)],
+                choice.choice(choice.choice(POOL))[: choice.randrange(1, CHUNK_SIZE)],
             )
             for _ in range(choice.randrange(1, 8))
         ]

@@ -16,6 +16,14 @@ def noise(size: int, *, seed: int) -> bytes:
     return random.Random(seed).randbytes(size)
 
 
+def alike(family: int, number: int) -> bytes:
+    """A chunk that differs in little from the others of its family."""
+    chunk = bytearray(noise(CHUNK_SIZE, seed=family))
+    start = number * 3001
+    chunk[start : start + 700 * number] = noise(700 * number, seed=number)
+    return bytes(chunk)
+
+
 class BytesSource:
     """An image in memory, as ``ImageSource``: ``data`` from offset 0, handed out in pieces."""
 
