@@ -37,7 +37,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 DOORS: dict[str, tuple[str, ...]] = {
     "pyfuse3": ("fuse", "daemon"),
     "trio": ("fuse", "daemon"),
-    "lmdb": ("repository.index",),
+    "lmdb": ("repository.index", "repository.index_file"),
     "msgpack": ("format.codec",),
     "blake3": ("format.ids",),
     "zstandard": ("format.blob",),

@@ -1,6 +1,6 @@
 """The index: where each blob lies. A cache on this host, rebuilt from the packs at any time.
 
-LMDB, shared by all processes of the host. The only module that imports the library. Keys are the
+LMDB, shared by all processes of the host (see ``index_file``). Keys are the
 first 16 bytes of a blob's id (the whole id stands in the blob's header and is checked there);
 values name a pack by a number that is never used twice, and of a difference its base. Entries of a
 pack that is gone stay behind and count as absent, as their number is no longer known.
@@ -14,10 +14,6 @@ Nothing here is synced to the disk: after a crash of the host the index is throw
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import logging
-import os
-import shutil
 import struct
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,29 +25,19 @@ import lmdb
 
 from backupfs.errors import StorageUnavailable
 from backupfs.format.pack import PackEntry
+from backupfs.repository.index_file import close_index_file, index_path, open_index_file
 from backupfs.repository.mapped import mapped_size, unmap_pages
-from backupfs.storage.local import sync_folder
 from backupfs.types import BLOB_ID_SIZE, BlobId, PackId
 
-log = logging.getLogger(__name__)
-
-VERSION = 2
 KEY_SIZE = 16
 LOCATION = struct.Struct("<III")  # pack number, offset, size; the base of a difference follows
 VALUE_SIZES = (LOCATION.size, LOCATION.size + BLOB_ID_SIZE)
 NUMBER = struct.Struct(">I")  # big-endian, so that numbers sort
-# Address space, not memory or disk: the file grows as entries come.
-MAP_SIZES = (1 << 40, 1 << 36, 1 << 32)
-READERS_MAX = 1024
 # What may be mapped of it and of all other files (some 14 MiB are the program) before it is unmapped.
 # Below that, which is 45 GiB of unique data, nothing is; beyond, each look-up takes some 4 us more, as
 # it maps its pages again, 64 KiB at once.
 MAPPED_SIZE_MAX = 96 << 20
 LOOKUPS_BETWEEN = 512
-# Locked by all processes that have the index open.
-USERS_NAME = "users"
-
-BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +166,7 @@ class Index:
     def _limit_mapped(self) -> None:
         """Have the pages that were looked at not count as this process's memory for ever."""
         if mapped_size() > MAPPED_SIZE_MAX:
-            unmap_pages(_file(self._folder))
+            unmap_pages(index_path(self._folder))
 
     def _is_whole(self, transaction: Any, blob_id: BlobId) -> bool:
         """Whether a chunk can be read from where it is listed, without another one."""
@@ -360,7 +346,7 @@ def _open_shared(folder: Path) -> Index:
     with _shared_lock:
         index, holders = _shared.get(folder, (None, 0))
         if index is None:
-            index = Index(folder, *_open_environment(folder))
+            index = Index(folder, *open_index_file(folder))
         _shared[folder] = (index, holders + 1)
         return index
 
@@ -372,141 +358,4 @@ def _close_shared(index: Index) -> None:
             _shared[index._folder] = (index, holders - 1)
             return
         del _shared[index._folder]
-        # Only a lasting file may be believed after the next boot: see _survived_boot.
-        with contextlib.suppress(lmdb.Error, OSError):
-            if _is_only_user(index._users):
-                index._environment.sync(True)
-                last = index._environment.info()["last_txnid"]
-                _clean_mark(index._folder).write_text(str(last))
-        index._environment.close()
-        os.close(index._users)
-
-
-def _open_environment(folder: Path) -> tuple[Any, int]:
-    """The library's environment, and the descriptor that counts this process as a user of it."""
-    with contextlib.ExitStack() as undo:
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            users = os.open(folder / USERS_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            undo.callback(os.close, users)
-            is_ready = False
-            while not is_ready:
-                if _is_only_user(users):
-                    _make_ready(folder)
-                fcntl.flock(users, fcntl.LOCK_SH)
-                is_ready = _is_of_this_boot(folder)  # else who was about to do it has died
-            environment = _environment(folder)
-            environment.reader_check()  # gives back the places of readers that were killed
-        except (OSError, lmdb.Error) as error:
-            why = error.strerror if isinstance(error, OSError) else error
-            reason = f"its index cannot be kept in {str(folder)!r}: {why}"
-            raise StorageUnavailable(
-                reason=f"{reason} (XDG_CACHE_HOME chooses another place)"
-            ) from error
-        undo.pop_all()
-        return environment, users
-
-
-def _is_only_user(users: int) -> bool:
-    """Whether no other process has the index open; then none can, until this one shares the lock."""
-    try:
-        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _make_ready(folder: Path) -> None:
-    if not _survived_boot(folder):
-        _discard(folder)
-    try:
-        environment = _environment(folder)
-        is_whole = _is_whole(folder, environment)
-        environment.close()
-    except lmdb.Error:
-        is_whole = False
-    if not is_whole:
-        log.warning("the index in %s cannot be read and is made anew", folder)
-        _discard(folder)
-    # Before anything is written: what a power cut leaves of later pages must not pass as clean.
-    _clean_mark(folder).unlink(missing_ok=True)
-    sync_folder(folder)
-    _boot_file(folder).write_text(_boot_id())
-
-
-def _environment(folder: Path) -> Any:
-    for map_size in _map_sizes():
-        try:
-            return lmdb.open(
-                str(_file(folder)),
-                map_size=map_size,
-                max_dbs=8,
-                max_readers=READERS_MAX,
-                subdir=False,
-                sync=False,
-                metasync=False,
-                readahead=False,
-            )
-        except (lmdb.MemoryError, MemoryError):
-            log.info("no address space for an index of %d bytes", map_size)
-    raise StorageUnavailable(reason="no address space for the index")
-
-
-def _is_whole(folder: Path, environment: Any) -> bool:
-    """Whether the file has all its pages: looking at one that was cut off would end the process."""
-    size = _file(folder).stat().st_size
-    pages = environment.info()["last_pgno"] + 1
-    return bool(size >= pages * environment.stat()["psize"])
-
-
-def _map_sizes() -> Iterator[int]:
-    yield from MAP_SIZES
-
-
-def _survived_boot(folder: Path) -> bool:
-    """Whether the index can be believed: same boot of the host, or closed and synced before it."""
-    if _boot_id() and _is_of_this_boot(folder):
-        return True
-    try:
-        environment = _environment(folder)
-        try:
-            return str(environment.info()["last_txnid"]) == _clean_mark(folder).read_text()
-        finally:
-            environment.close()
-    except (OSError, lmdb.Error):
-        return False
-
-
-def _is_of_this_boot(folder: Path) -> bool:
-    try:
-        return _boot_file(folder).read_text() == _boot_id()
-    except FileNotFoundError:
-        return False
-
-
-def _discard(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name != USERS_NAME:
-            path.unlink(missing_ok=True)
-
-
-def _file(folder: Path) -> Path:
-    return folder / f"index-{VERSION}"
-
-
-def _clean_mark(folder: Path) -> Path:
-    return folder / f"clean-{VERSION}"
-
-
-def _boot_file(folder: Path) -> Path:
-    return folder / f"boot-{VERSION}"
-
-
-def _boot_id() -> str:
-    """What names this boot of the host; empty where the host does not say."""
-    try:
-        return BOOT_ID_FILE.read_text().strip()
-    except OSError:
-        return ""
+        close_index_file(index._folder, index._environment, index._users)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from backupfs.errors import StorageUnavailable
 from backupfs.format.pack import PackEntry
 from backupfs.repository import index as index_module
+from backupfs.repository import index_file
 from backupfs.repository.index import BlobLocation, Index
 from backupfs.types import BlobId, PackId
 
@@ -219,7 +220,7 @@ def test_the_death_of_a_process_loses_nothing(folder):
 def next_boot(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     boot_file = folder.parent / "boot"
     boot_file.write_text("another boot of the host\n")
-    monkeypatch.setattr(index_module, "BOOT_ID_FILE", boot_file)
+    monkeypatch.setattr(index_file, "BOOT_ID_FILE", boot_file)
 
 
 def make(folder: Path) -> None:
@@ -278,17 +279,17 @@ def test_the_end_of_one_process_is_no_clean_end_while_another_goes_on(folder, mo
 
 
 def test_a_host_that_does_not_name_its_boots_makes_it_anew_after_a_death(folder, monkeypatch):
-    monkeypatch.setattr(index_module, "BOOT_ID_FILE", folder.parent / "nothing")
+    monkeypatch.setattr(index_file, "BOOT_ID_FILE", folder.parent / "nothing")
     make(folder)
     assert found_after(folder)
-    (folder / f"clean-{index_module.VERSION}").unlink()
+    (folder / f"clean-{index_file.VERSION}").unlink()
 
     assert not found_after(folder)
 
 
 def test_a_damaged_file_is_made_anew(folder):
     make(folder)
-    path = folder / f"index-{index_module.VERSION}"
+    path = folder / f"index-{index_file.VERSION}"
     path.write_bytes(os.urandom(path.stat().st_size))
 
     assert not found_after(folder)
@@ -312,7 +313,7 @@ def test_a_folder_that_cannot_be_used_is_a_storage_error(scratch):
 
 def test_an_index_that_is_full_is_a_storage_error(folder, monkeypatch):
     """The cache's disk may be full: callers know how to deal with errors of ours only."""
-    monkeypatch.setattr(index_module, "MAP_SIZES", (1 << 17,))
+    monkeypatch.setattr(index_file, "MAP_SIZES", (1 << 17,))
     index = Index.open(folder)
 
     with pytest.raises(StorageUnavailable):
@@ -326,7 +327,7 @@ def test_an_index_that_is_full_is_a_storage_error(folder, monkeypatch):
 
 
 def test_less_address_space_is_made_do_with(folder, monkeypatch):
-    monkeypatch.setattr(index_module, "MAP_SIZES", (1 << 62, 1 << 20))
+    monkeypatch.setattr(index_file, "MAP_SIZES", (1 << 62, 1 << 20))
 
     make(folder)
 

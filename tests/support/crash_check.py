@@ -18,7 +18,7 @@ from support.os_calls import Call, watched_calls
 
 from backupfs.format.config import CONFIG_NAME, decode_config
 from backupfs.format.ids import IdScheme
-from backupfs.repository.index import _boot_file, _boot_id
+from backupfs.repository.index_file import _boot_file, _boot_id, index_path
 from backupfs.repository.repository import _cache_name, cache_folder
 
 PROBE = noise(40_000, seed=99)
@@ -172,7 +172,7 @@ def put_index(folder: Path, copy: Path | None) -> None:
     shutil.rmtree(cache, ignore_errors=True)
     if copy is not None:
         cache.mkdir(parents=True)
-        shutil.copy(copy, cache / "index-2")
+        shutil.copy(copy, index_path(cache))
         _boot_file(cache).write_text(_boot_id())
 
 
