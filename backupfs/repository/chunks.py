@@ -32,8 +32,8 @@ class StoredBatch:
     added_size: int  # bytes that the repository grew by
 
 
-# Ids of what lay at the places of a batch's chunks before, in order; holes where nothing did.
-FindEarlier = Callable[[], Sequence[BlobId]]
+# Ids of what lay before where these chunks of a batch lie, by their numbers; holes where nothing did.
+FindEarlier = Callable[[Sequence[int]], Sequence[BlobId]]
 
 
 class ChunkStore:
@@ -166,7 +166,9 @@ class ChunkStore:
             # What is stored again because it is damaged is stored whole: others may differ from it.
             damaged = self._avoided.blobs
             fresh = [(blob_id, plain) for blob_id, plain in new if blob_id not in damaged]
-            blobs = self._differences.encode(fresh, dict(zip(ids, find_earlier(), strict=True)))
+            earlier = find_earlier([ids.index(blob_id) for blob_id, _ in fresh])
+            by_id = dict(zip((blob_id for blob_id, _ in fresh), earlier, strict=True))
+            blobs = self._differences.encode(fresh, by_id)
         whole = [(blob_id, plain) for blob_id, plain in new if blob_id not in blobs]
         encoded = self._encoder.encode_many(
             [plain for _, plain in whole], [blob_id for blob_id, _ in whole], level=level

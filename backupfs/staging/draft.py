@@ -13,6 +13,7 @@ chunk is pending or in the tree, never neither; bytes of the last chunk beyond t
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -279,14 +280,14 @@ class Draft:
                 # Written again meanwhile: the newer one stays, over what was just put.
                 self._pending.settle(batch)
 
-    def _earlier(self, batch: Batch) -> list[BlobId]:
-        """What the image that this one resembles has at the places of ``batch``."""
+    def _earlier(self, batch: Batch, numbers: Sequence[int]) -> list[BlobId]:
+        """What the image that this one resembles has at the places of some chunks of ``batch``."""
         alike = self._alike
         try:
-            return [leaf_ids(self._reader, alike, chunk_index, 1)[0] for chunk_index, _ in batch]
+            return [leaf_ids(self._reader, alike, batch[number][0], 1)[0] for number in numbers]
         except BackupfsError:  # it was deleted, or is damaged: then this is stored without it
             self._alike = EMPTY
-            return [HOLE] * len(batch)
+            return [HOLE] * len(numbers)
 
     def _completed(self, chunk_index: int, chunk: PendingChunk) -> bytearray:
         """A chunk written in part, the rest taken from what lay there before."""

@@ -46,7 +46,7 @@ def changed(chunk: bytes, *, at: int = 5000, size: int = 100, seed: int = 9) -> 
 
 def store(parts: Parts, chunk: bytes, *, earlier: BlobId = HOLE) -> tuple[BlobId, int]:
     """A chunk's id, and what the repository grew by; not sealed."""
-    stored = parts.store.store_chunks([chunk], find_earlier=lambda: [earlier])
+    stored = parts.store.store_chunks([chunk], find_earlier=lambda _: [earlier])
     return stored.ids[0], stored.added_size
 
 
@@ -160,7 +160,9 @@ def test_the_first_changes_of_a_batch_tell_whether_to_look_at_the_others(parts, 
     monkeypatch.setattr(parts.reader, "chunks", lambda ids: read.extend(ids) or chunks(ids))
 
     new = [noise(CHUNK_SIZE, seed=seed) for seed in range(30, 40)]
-    parts.store.store_chunks(new, find_earlier=lambda: before_ids)
+    parts.store.store_chunks(
+        new, find_earlier=lambda numbers: [before_ids[number] for number in numbers]
+    )
 
     assert read == before_ids[:2]
 
