@@ -166,9 +166,10 @@ class ChunkStore:
             # What is stored again because it is damaged is stored whole: others may differ from it.
             damaged = self._avoided.blobs
             fresh = [(blob_id, plain) for blob_id, plain in new if blob_id not in damaged]
-            earlier = find_earlier([ids.index(blob_id) for blob_id, _ in fresh])
-            by_id = dict(zip((blob_id for blob_id, _ in fresh), earlier, strict=True))
-            blobs = self._differences.encode(fresh, by_id)
+            if fresh:
+                earlier = find_earlier([ids.index(blob_id) for blob_id, _ in fresh])
+                by_id = dict(zip((blob_id for blob_id, _ in fresh), earlier, strict=True))
+                blobs = self._differences.encode(fresh, by_id)
         whole = [(blob_id, plain) for blob_id, plain in new if blob_id not in blobs]
         encoded = self._encoder.encode_many(
             [plain for _, plain in whole], [blob_id for blob_id, _ in whole], level=level
