@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,17 @@ def test_a_chunk_that_is_as_it_was_before_the_last_change_is_its_own_base(parts)
     again, added = store(parts, BASE, earlier=changed_id)
 
     assert (again, added) == (base_id, len(BASE) + 52), "whole: a difference to itself is nothing"
+
+
+def test_what_is_stored_again_because_it_is_damaged_is_stored_whole(parts):
+    """Others may differ from it."""
+    base_id = sealed(parts, BASE)
+    blob_id = sealed(parts, changed(BASE), earlier=base_id)
+    parts.avoided.blobs = frozenset([blob_id])
+
+    again = sealed(parts, changed(BASE), earlier=base_id)
+
+    assert (again, base_of(parts, again)) == (blob_id, None)
 
 
 @pytest.mark.parametrize(
@@ -393,7 +405,10 @@ def test_a_base_that_is_gone_is_told_by_a_quick_look_too(location):
             service.import_record(data)
 
 
-def test_a_pack_with_differences_and_their_bases_is_saved_without_its_footer(location):
+@pytest.mark.parametrize("has_index", [True, False], ids=["with index", "index lost"])
+def test_a_pack_with_differences_and_their_bases_is_saved_without_its_footer(
+    location, cache_home, has_index
+):
     """gc may have put a difference before its base."""
     edits = edited(IMAGE, *range(40))
     with reopened(location) as service:
@@ -424,6 +439,8 @@ def test_a_pack_with_differences_and_their_bases_is_saved_without_its_footer(loc
         (together,) = {index.find(blob_id).pack_id for blob_id, _ in blobs}
         path = Path(location) / pack_name(together)
         path.write_bytes(path.read_bytes()[:-70])
+    if not has_index:
+        shutil.rmtree(cache_home)
 
     with reopened(location) as service:
         (expected,) = service.repair(dry_run=True).packs
@@ -561,6 +578,7 @@ def test_a_base_that_is_itself_a_difference_is_read(location):
 
     with reopened(location) as service:
         assert restored(service, record) == versions[0]
+        assert differences(service, back_up(service, changed(versions[0], at=9000))) == []
         service.delete(last)
         service.gc()
         service.repository.renew_index()
