@@ -174,7 +174,11 @@ class LocalStorage:
         try:
             os.link(source, target)
         except FileExistsError:
-            if not same_bytes(source, target):
+            try:
+                is_same = same_bytes(source, target)
+            except FileNotFoundError:  # deleted since: its name was used all the same
+                is_same = False
+            if not is_same:
                 source.unlink(missing_ok=True)
                 raise ObjectExists(name=str(target.relative_to(self.folder))) from None
         except OSError as error:

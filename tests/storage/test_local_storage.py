@@ -156,6 +156,25 @@ def test_cleaning_runs_beside_writers_whose_files_and_folders_come_and_go(storag
             thread.join()
 
 
+def test_an_object_that_is_deleted_while_another_is_put_under_its_name_was_there(
+    storage, monkeypatch
+):
+    """Who puts metadata deletes older ones, which somebody else may be about to write."""
+    storage.put_new(NAME, b"first")
+    same_bytes = local.same_bytes
+
+    def deleted_first(source: Path, target: Path) -> bool:
+        target.unlink()
+        return same_bytes(source, target)
+
+    monkeypatch.setattr(local, "same_bytes", deleted_first)
+
+    with pytest.raises(ObjectExists):
+        storage.put_new(NAME, b"second")
+
+    assert files_below(storage.folder) == set()
+
+
 def test_many_threads_read_many_objects_through_few_descriptors(storage):
     for number in range(100):
         storage.put_new(ObjectName(f"packs/aa/{number}"), b"%d" % number)
