@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from backupfs.errors import CorruptObject, ObjectNotFound, StorageUnavailable
 from backupfs.format.ids import IdScheme
@@ -25,7 +25,7 @@ from backupfs.format.pack import (
 from backupfs.repository.index import Index
 from backupfs.storage.base import Storage
 from backupfs.storage.oserrors import is_want_of_resources
-from backupfs.types import PackId
+from backupfs.types import ObjectName, PackId
 
 log = logging.getLogger(__name__)
 
@@ -61,16 +61,26 @@ def read_footer(
         raise CorruptObject(name=name, reason=str(error)) from error
 
 
-def refresh_index(storage: Storage, ids: IdScheme, index: Index) -> list[CorruptObject]:
+def refresh_index(
+    storage: Storage,
+    ids: IdScheme,
+    index: Index,
+    *,
+    make_lasting: Callable[[Iterable[ObjectName]], object] = lambda _names: None,
+) -> list[CorruptObject]:
     """Make the index list just the packs that exist; what is wrong with those it could not take.
 
-    Raises: StorageError.
+    ``make_lasting`` gets the packs that are new, before they are listed: one may be seen while who
+    stores it is still about to make its name durable, and who finds it in the index relies on it.
+
+    Raises: StorageError, and what ``make_lasting`` does.
     """
     # Known before existing: who adds a pack has put it in place before, who deletes one deletes it
     # before it is forgotten. So what is known and not listed is gone, and not merely new.
     known = index.pack_ids()
     existing = list_packs(storage)
     new = existing.keys() - known
+    make_lasting(pack_name(pack_id) for pack_id in new)
     # Before those that are gone are forgotten: gc may have moved blobs from these into new ones, and
     # another process that has this index looks for them meanwhile.
     damage = list(_take_in(storage, ids, index, sorted(new), existing))

@@ -255,7 +255,9 @@ class Repository:
     def refresh_index(self) -> list[CorruptObject]:
         """Bring the index in line with the packs that exist; see ``rebuild``."""
         with self._refresh_lock:
-            damage = refresh_index(self.storage, self.ids, self.index)
+            damage = refresh_index(
+                self.storage, self.ids, self.index, make_lasting=self.storage.make_lasting
+            )
             self.avoided.blobs = self.index.damaged()
             self.storage.close_deleted()
             self._refreshed_at = self.ambient.monotonic()

@@ -65,7 +65,8 @@ class Storage(Protocol):
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """The objects whose names begin with ``prefix``, which ends in "/"; in no order.
 
-        An object put or deleted meanwhile may be listed or not.
+        An object put or deleted meanwhile may be listed or not; one that is listed may not be durable
+        before its put returns.
         """
 
     def delete(self, name: ObjectName) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from backupfs.ambient import Ambient
@@ -19,6 +20,8 @@ from backupfs.errors import CorruptObject, ObjectExists, ObjectNotFound, Storage
 from backupfs.storage.base import ObjectInfo, SpooledFile
 from backupfs.storage.oserrors import storage_error, translated
 from backupfs.types import Buffer, ObjectName
+
+log = logging.getLogger(__name__)
 
 # What tells whether a file is the one it was, and unchanged: inode number, size, and the times, in
 # nanoseconds, when its content and its inode were changed.
@@ -113,6 +116,16 @@ class LocalStorage:
         with self._lock:
             for name in [name for name, file in self._open_files.items() if not _has_name(file)]:
                 os.close(self._open_files.pop(name))
+
+    def make_lasting(self, names: Iterable[ObjectName]) -> None:
+        """Have these objects survive a power cut, also if who puts them has not come to that yet."""
+        folders = {path for name in names for path in (self.folder / name).parents}
+        for folder in sorted(path for path in folders if path.is_relative_to(self.folder)):
+            try:
+                sync_folder(folder)
+            except OSError as error:
+                # Who only reads must be able to, from a broken disk too; who writes will be told.
+                log.warning("%s cannot be synced: %s", folder, error.strerror)
 
     def names(self, prefix: str) -> set[str]:
         """The names in one folder, without those that ``list`` leaves out; nothing is looked at."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from backupfs.format.pack import pack_name
 from backupfs.repository.rebuild import list_packs, read_footer, refresh_index
 from backupfs.repository.repository import Repository
 from backupfs.service import Service
+from backupfs.storage import local
 from backupfs.types import ObjectName
 
 IDS = IdScheme()
@@ -204,6 +206,45 @@ def test_a_reader_finds_the_copy_that_the_gc_of_another_index_has_left(two_users
     other.repository.storage.close()  # or a deleted pack would still be read
 
     one.gc()
+
+    assert restored(other, record) == image
+
+
+def test_the_name_of_a_pack_is_made_lasting_before_anyone_relies_on_it(two_users, monkeypatch):
+    """Who stores it may be about to, and a power cut would take it from those who found it."""
+    one, other = two_users
+    back_up(one, noise(200_000, seed=1))
+    packs = list_packs(one.repository.storage)
+    assert not other.repository.index.pack_ids()
+    synced: list[Path] = []
+    sync_folder = local.sync_folder
+
+    def noted(folder: Path) -> None:
+        assert not other.repository.index.pack_ids(), "relied on already"
+        synced.append(folder)
+        sync_folder(folder)
+
+    monkeypatch.setattr(local, "sync_folder", noted)
+
+    other.repository.refresh_index()
+
+    assert other.repository.index.pack_ids() == set(packs)
+    folder = other.repository.folder
+    assert {(folder / pack_name(pack_id)).parent for pack_id in packs} <= set(synced)
+    assert {folder, folder / "packs"} <= set(synced)
+
+
+def test_packs_of_a_disk_that_cannot_be_synced_are_read(two_users, monkeypatch):
+    one, other = two_users
+    image = noise(200_000, seed=1)
+    record = back_up(one, image)
+
+    def broken(_folder: Path) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(local, "sync_folder", broken)
+
+    other.repository.refresh_index()
 
     assert restored(other, record) == image
 
