@@ -224,7 +224,7 @@ def open_source(path: str, *, cancelled: Callable[[], bool] = lambda: False) -> 
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return _source_over(descriptor, name, cancelled)
-    except BaseException:
+    except BaseException:  # an interruption too: nobody else knows the descriptor
         os.close(descriptor)
         raise
 
@@ -365,7 +365,7 @@ class DeviceTarget(HostTarget):
         super().__init__(descriptor, name=path)
         try:
             self._check(size)
-        except BaseException:
+        except BaseException:  # the caller gets no target that it could close
             os.close(descriptor)
             raise
 

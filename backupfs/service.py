@@ -158,7 +158,7 @@ class Service:
             if beside_mount:
                 wait_for_mount(repository)
             return cls(repository)
-        except BaseException:
+        except BaseException:  # the caller gets no service that it could close
             repository.close()
             raise
 
@@ -461,7 +461,7 @@ class Service:
                 policy,
                 EventLog(self.repository.ambient),
             )
-        except BaseException:
+        except BaseException:  # the next who wants the staging area must get it
             states.close()
             raise
 

@@ -119,7 +119,7 @@ class BackupfsBackupDriver(driver.BackupDriver):
                 LOG.info("Backup %s is deleted while it is made: it ends here.", backup.id)
                 self._discard(backup, worker)
                 return None
-            except BaseException:
+            except BaseException:  # however it ends, nothing of it may stay visible
                 with excutils.save_and_reraise_exception():
                     self._discard(backup, worker)
         LOG.info(

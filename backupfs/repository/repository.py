@@ -117,7 +117,7 @@ class Writer:
         try:
             with translated():
                 self._spool.mkdir(parents=True)
-        except BaseException:
+        except BaseException:  # whatever it was, nobody else will end the session
             self.session.close()  # or gc would wait for a writer that never was
             raise
         self.packer = Packer(
@@ -207,7 +207,7 @@ class Repository:
         self._refresh_lock = threading.Lock()
         try:
             self.refresh_index()
-        except BaseException:
+        except BaseException:  # the caller gets no repository that it could close
             self.index.close()
             raise
 

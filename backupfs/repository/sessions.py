@@ -146,7 +146,7 @@ class Session:
             self._follow_plans()
             # And of a gc that ended since the index was last in line, the index must learn.
             self._refresh()
-        except BaseException:
+        except BaseException:  # gc would wait for a session that nobody has
             self._file.release(remove=True)
             raise
         self._thread.start()

@@ -26,7 +26,8 @@ class State(StrEnum):
     PUBLISHED = "published"
 
 
-# rsync's ".NAME.XXXXXX" and gio's ".goutputstream-XXXXXX" begin with a dot, as do "._NAME" of Finder.
+# rsync's ".NAME." and gio's ".goutputstream-", each with six letters behind it, begin with a dot, as
+# do "._NAME" of Finder.
 _TEMPORARY_SUFFIXES = (".part", ".filepart", ".tmp")
 RENAME_FIRST = "a temporary name; rename it first"
 _RSYNC_NAME = re.compile(r"\.(.+)\.[A-Za-z0-9]{6}", re.DOTALL)
