@@ -11,7 +11,6 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +99,7 @@ def _make_ready(folder: Path) -> None:
 
 
 def _environment(folder: Path) -> Any:
-    for map_size in _map_sizes():
+    for map_size in MAP_SIZES:
         try:
             return lmdb.open(
                 str(index_path(folder)),
@@ -122,10 +121,6 @@ def _is_whole(folder: Path, environment: Any) -> bool:
     size = index_path(folder).stat().st_size
     pages = environment.info()["last_pgno"] + 1
     return bool(size >= pages * environment.stat()["psize"])
-
-
-def _map_sizes() -> Iterator[int]:
-    yield from MAP_SIZES
 
 
 def _survived_boot(folder: Path) -> bool:
