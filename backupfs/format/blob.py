@@ -8,6 +8,7 @@ pack says, and decompresses to exactly the size the header and the caller agree 
 
 from __future__ import annotations
 
+import functools
 import struct
 import threading
 import zlib
@@ -112,6 +113,17 @@ def base_of(blob: Buffer) -> BlobId | None:
     return base_id if len(base_id) == BLOB_ID_SIZE and base_id != HOLE else None
 
 
+def check_listed_base(blob: Buffer, base_id: BlobId | None) -> None:
+    """Refuse a blob with a good header whose pack's footer says that it is a difference to another.
+
+    gc goes by the footers: what these do not name as a base may be deleted.
+
+    Raises: BadBlobError.
+    """
+    if base_of(blob) != base_id:
+        raise BadBlobError("its pack's footer names another base")
+
+
 class BlobEncoder:
     """Compresses plain bytes to blobs. Thread-safe: each thread has a compressor of its own."""
 
@@ -138,7 +150,8 @@ class BlobEncoder:
     ) -> bytes | None:
         """A chunk as its difference to ``base``, of the same size; None where that gains nothing."""
         compressor = zstandard.ZstdCompressor(
-            level=self._level, write_content_size=True, dict_data=_dictionary(base)
+            compression_params=_difference_parameters(self._level, len(plain)),
+            dict_data=_dictionary(base),
         )
         payload = base_id + compressor.compress(plain)
         if len(payload) > len(plain):
@@ -174,6 +187,21 @@ class BlobEncoder:
             blob_id=blob_id,
         )
         return b"".join((pack_header(header), payload))
+
+
+@functools.lru_cache(maxsize=8)
+def _difference_parameters(level: int, size: int) -> zstandard.ZstdCompressionParameters:
+    """Those of the level, with a window that reaches over a whole base of ``size`` bytes, and tables
+    with room for it: without, the fast levels find little again of one of 256 KiB and more."""
+    usual = zstandard.ZstdCompressionParameters.from_level(level, source_size=size, dict_size=size)
+    size_log = size.bit_length() - 1
+    return zstandard.ZstdCompressionParameters.from_level(
+        level,
+        source_size=2 * size,
+        window_log=max(usual.window_log, size_log),
+        hash_log=max(usual.hash_log, size_log - 2),
+        write_content_size=True,
+    )
 
 
 _decompressors = threading.local()

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Protocol
 
 from backupfs.errors import (
@@ -26,6 +25,7 @@ from backupfs.format.ids import IdScheme
 from backupfs.format.pack import PackEntry, pack_name
 from backupfs.format.tree import HOLE_NODE
 from backupfs.repository.avoided import Avoided
+from backupfs.repository.byte_cache import ByteCache
 from backupfs.repository.index import BlobLocation, Index
 from backupfs.repository.packer import Packer
 from backupfs.storage.base import Storage
@@ -67,8 +67,8 @@ class BlobReader:
         self._avoided = avoided
         self._refresh = refresh
         self.zeros = bytes(chunk_size)
-        self._chunks = _Cache(max(1, CHUNK_CACHE_SIZE // chunk_size))
-        self._nodes = _Cache(NODE_CACHE_COUNT)
+        self._chunks = ByteCache(max(1, CHUNK_CACHE_SIZE // chunk_size))
+        self._nodes = ByteCache(NODE_CACHE_COUNT)
 
     def attach(self, packer: Packer) -> None:
         """Also read what this process is writing."""
@@ -207,24 +207,15 @@ class BlobReader:
     def _fetch_bases(
         self, locations: Sequence[BlobLocation | None], differences_max: int
     ) -> FindBase:
-        """Read what the blobs there differ from, in one go; where it is to be found."""
-        wanted = {
-            location.base
-            for location in locations
-            if location is not None and location.base is not None
-        }
-        wanted = {blob_id for blob_id in wanted if self.cached_chunk(blob_id) is None}
-        fetched: dict[BlobId, bytes] = {}
-        if len(wanted) > 1 and differences_max:
+        """Bring what the blobs there differ from into the cache, in one go; who gives it out."""
+        bases = {place.base for place in locations if place is not None and place.base is not None}
+        missing = [blob_id for blob_id in bases if self.cached_chunk(blob_id) is None]
+        if len(missing) > 1 and differences_max:
             with contextlib.suppress(DamageError):  # each is tried by itself then
-                bases = self._fetch(list(wanted), 0, differences_max - 1)
-                fetched = dict(zip(wanted, bases, strict=True))
-
-        def find_base(blob_id: BlobId) -> bytes:
-            data = fetched.get(blob_id)
-            return self._base(blob_id, differences_max) if data is None else data
-
-        return find_base
+                fetched = self._fetch(missing, 0, differences_max - 1)
+                for blob_id, data in zip(missing, fetched, strict=True):
+                    self._chunks.put(blob_id, data)
+        return partial(self._base, differences_max=differences_max)
 
     def _fetch_run(
         self,
@@ -308,9 +299,8 @@ class BlobReader:
             plain = blob_format.decode(
                 data, expected=blob_id, level=level, ids=self._ids, find_base=find_base
             )
-            if location is not None and blob_format.base_of(data) != location.base:
-                # gc goes by the footers: what these do not name as a base may be deleted.
-                raise blob_format.BadBlobError("its pack's footer names another base")
+            if location is not None:
+                blob_format.check_listed_base(data, location.base)
             if level == 0 and len(plain) != len(self.zeros):
                 raise blob_format.BadBlobError("a chunk of another size")
             return plain
@@ -349,33 +339,6 @@ def node_key(blob_id: BlobId, level: int) -> bytes:
     """What tells a node from one with the same id at another level: only one of them exists, and a
     forged tree may ask for the other."""
     return blob_id + bytes((level,))
-
-
-class _Cache:
-    """Bytes by key, the least recently used dropped first. Thread-safe."""
-
-    def __init__(self, count_max: int) -> None:
-        self._count_max = count_max
-        self._entries: OrderedDict[bytes, bytes] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: bytes) -> bytes | None:
-        with self._lock:
-            data = self._entries.get(key)
-            if data is not None:
-                self._entries.move_to_end(key)
-            return data
-
-    def put(self, key: bytes, data: bytes) -> None:
-        with self._lock:
-            self._entries[key] = data
-            self._entries.move_to_end(key)
-            while len(self._entries) > self._count_max:
-                self._entries.popitem(last=False)
-
-    def drop(self, key: bytes) -> None:
-        with self._lock:
-            self._entries.pop(key, None)
 
 
 def _runs(

@@ -188,8 +188,7 @@ class Verification:
                     ids=self._repository.ids,
                     find_base=self._repository.reader.base,
                 )
-                if blob_format.base_of(blob) != entry.base:
-                    raise blob_format.BadBlobError("its pack's footer names another base")
+                blob_format.check_listed_base(blob, entry.base)
             except blob_format.BadBlobError as error:
                 reason = f"{error} (at offset {entry.offset})"
                 self._bad[entry.blob_id, entry.level] = (name, reason)

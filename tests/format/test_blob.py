@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import struct
 import time
 import tracemalloc
@@ -300,3 +301,51 @@ def test_a_decompression_bomb_costs_neither_memory_nor_time(payload):
     assert peak < 1 << 20
     assert elapsed < 1
     assert decode(encode(PLAIN), PLAIN) == PLAIN  # the thread's decompressor is as good as before
+
+
+@pytest.mark.parametrize("size", [16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20])
+@pytest.mark.parametrize("level", [1, 3, 19])
+def test_a_difference_takes_little_whatever_the_size_of_chunks(size, level):
+    base = random.Random(1).randbytes(size)
+    plain = base[: size - 9000] + random.Random(2).randbytes(4000) + base[size - 5000 :]
+    blob_id, base_id = IDS.chunk_id(plain), IDS.chunk_id(base)
+
+    made = BlobEncoder(compression_level=level).encode_difference(plain, blob_id, base, base_id)
+
+    assert made is not None and len(made) < 4000 + size // 500 + 200
+    decoded = blob.decode(made, expected=blob_id, level=0, ids=IDS, find_base=lambda _: base)
+    assert decoded == plain
+
+
+@pytest.mark.parametrize(
+    ("payload", "level", "reason"),
+    [
+        (bytes(32) + b"x", 0, "missing"),
+        (b"b" * 32, 0, "impossible"),
+        (b"", 0, "impossible"),
+        (b"b" * 32 + b"x", 1, "impossible"),
+    ],
+    ids=["to the hole", "without a frame", "without a base", "of a node"],
+)
+def test_an_impossible_difference_is_refused(payload, level, reason):
+    plain = NODE if level else TEXT
+    data = forge(payload, plain, level=level, method=blob.METHOD_DIFFERENCE)
+
+    with pytest.raises(BadBlobError, match=reason):
+        blob.decode(
+            data,
+            expected=IDS.blob_id(plain, level=level),
+            level=level,
+            ids=IDS,
+            find_base=lambda _: plain,
+        )
+
+
+def test_a_base_of_another_size_is_refused():
+    other = TEXT + TEXT
+    plain_id, base_id = IDS.chunk_id(TEXT), IDS.chunk_id(other)
+    made = ENCODER.encode_difference(TEXT, plain_id, other, base_id)
+    assert made is not None
+
+    with pytest.raises(BadBlobError, match="another size"):
+        blob.decode(made, expected=plain_id, level=0, ids=IDS, find_base=lambda _: other)
