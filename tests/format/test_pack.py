@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from backupfs.format import blob, pack
 from backupfs.format.ids import IdScheme
 from backupfs.format.pack import ENTRY, TAIL, TAIL_SIZE, BadPackError, PackEntry
-from backupfs.types import PackId
+from backupfs.types import BlobId, PackId
 
 IDS = IdScheme()
 PACK_ID = PackId(b"p" * 16)
@@ -76,6 +77,36 @@ def test_a_footer_lists_what_was_written(sizes):
 
     assert decode(footer, size=blobs_size + len(footer)) == entries
     assert pack.footer_size(footer[-TAIL_SIZE:]) == len(footer)
+
+
+@given(st.lists(st.tuples(blob_sizes, st.booleans()), min_size=1, max_size=50))
+@settings(max_examples=50, deadline=None)
+def test_a_footer_names_the_bases_of_differences(sizes):
+    entries = [
+        replace(entry, base=BlobId(bytes([number + 1]) * 32) if is_difference else None)
+        for number, (entry, (_, is_difference)) in enumerate(
+            zip(entries_of([(size, 0) for size, _ in sizes]), sizes, strict=True)
+        )
+    ]
+    blobs_size = sum(size for size, _ in sizes)
+
+    footer = pack.encode_footer(PACK_ID, entries, blobs_size=blobs_size, ids=IDS)
+
+    assert decode(footer, size=blobs_size + len(footer)) == entries
+    assert pack.footer_size(footer[-TAIL_SIZE:]) == len(footer)
+    listed = sum(entry.listed_size for entry in entries)
+    assert listed + TAIL_SIZE <= len(footer), "gc counts no more than listing takes"
+
+
+@pytest.mark.parametrize(
+    "changed", [{"level": 1}, {"base": ENTRIES[0].blob_id}], ids=["of a node", "to itself"]
+)
+def test_a_footer_that_lists_an_impossible_difference_is_refused(changed):
+    chunk = replace(ENTRIES[0], offset=0, level=0, base=BlobId(b"b" * 32))
+    entry = replace(chunk, **changed)
+    footer = pack.encode_footer(PACK_ID, [entry], blobs_size=entry.size, ids=IDS)
+
+    assert "impossible" in refusal(footer, size=entry.size + len(footer))
 
 
 def test_an_empty_pack_lists_nothing():
