@@ -21,11 +21,12 @@ from backupfs.format import blob as blob_format
 from backupfs.format.config import CONFIG_NAME, DIFFERENCES, encode_config
 from backupfs.format.ids import IdScheme
 from backupfs.format.pack import PackEntry, encode_footer, pack_name
+from backupfs.repository.byte_cache import ByteCache
 from backupfs.repository.images import Root, leaf_ids
 from backupfs.repository.index import BlobLocation
 from backupfs.repository.packer import NewBlob
 from backupfs.repository.rebuild import list_packs
-from backupfs.service import Record, Service
+from backupfs.service import Policy, Record, Service
 from backupfs.types import HOLE, BlobId, PackId
 
 BASE = noise(CHUNK_SIZE, seed=1)
@@ -332,6 +333,55 @@ def test_nobody_relies_on_a_dead_difference_whose_base_is_gone(location, service
     assert is_clean(service)
     service.repository.renew_index()
     assert restored(service, again) == edited(IMAGE, 3, 17)
+
+
+def gc_takes(service: Service, record: Record) -> None:
+    """A backup is deleted and collected while another one is being made; nothing of it is cached."""
+    service.delete(record)
+    service.gc()
+    service.repository.reader._nodes = ByteCache(2048)
+    index = service.repository.index
+    assert index.find(record.root) is None, "the case at hand"
+
+
+def test_a_backup_goes_on_when_gc_takes_the_one_that_it_resembles(service):
+    first = back_up(service, IMAGE)
+    image = edited(IMAGE, *range(40))
+
+    class Interrupted(BytesSource):
+        def extents(self) -> Iterator[tuple[int, bytes]]:
+            for offset, data in super().extents():
+                if offset == 300_000:
+                    gc_takes(service, first)
+                yield offset, data
+
+    second = service.backup(Interrupted(image), volume="vm")
+
+    assert restored(service, second) == image
+    assert is_clean(service)
+    assert service.repository.index.damaged() == frozenset(), "what is gone was not looked for"
+
+
+def test_a_staged_file_goes_on_when_gc_takes_the_backup_that_it_resembles(service):
+    first = back_up(service, IMAGE)
+    image = edited(IMAGE, *range(40))
+    area = service.open_staging(Policy(), mountpoint=None)
+    try:
+        handle = area.create("vm.img", mode=0o600, uid=0, gid=0)
+        area.begin_writing(handle)
+        for offset in range(0, len(image), 100_000):
+            if offset == 300_000:
+                gc_takes(service, first)
+            area.note_write(handle)
+            handle.staged.draft.write(offset, image[offset : offset + 100_000])
+        area.flush(handle, interrupted=False)
+        area.release(handle, interrupted=False)
+    finally:
+        area.close()
+
+    assert restored(service, service.resolve("vm@latest")) == image
+    assert is_clean(service)
+    assert service.repository.index.damaged() == frozenset(), "what is gone was not looked for"
 
 
 def damage(location: str, place: BlobLocation) -> None:
