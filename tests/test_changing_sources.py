@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from support.images import noise, restored
 
 from backupfs.errors import SourceFailed
-from backupfs.hostfiles import FileSource, open_source
+from backupfs.hostsources import FileSource, open_source
 from backupfs.service import Service
 from backupfs.types import Buffer
 

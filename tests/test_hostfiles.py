@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from backupfs import hostfiles
+from backupfs import hostsources, hosttargets
 from backupfs.errors import Busy, Cancelled, SourceFailed, TargetExists, TargetFailed
-from backupfs.hostfiles import READ_SIZE, FileTarget, HostSource, open_source, open_target
+from backupfs.hostsources import READ_SIZE, HostSource, open_source
+from backupfs.hosttargets import FileTarget, open_target
 
 MIB = 1 << 20
 
@@ -103,7 +104,7 @@ def test_file_system_that_cannot_tell_holes_is_read_in_full(
         return real_seek(descriptor, offset, how)
 
     real_seek = os.lseek
-    monkeypatch.setattr(hostfiles.os, "lseek", seek_without_holes)
+    monkeypatch.setattr(hostsources.os, "lseek", seek_without_holes)
 
     with open_source(str(path)) as source:
         image, places = read_all(source)
@@ -271,7 +272,7 @@ def test_file_system_without_hard_links_gets_the_file_by_rename(
     def no_link(_source: str, _target: str) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr(hostfiles.os, "link", no_link)
+    monkeypatch.setattr(hosttargets.os, "link", no_link)
     with open_target(str(path), size=4) as target:
         target.write(0, b"ours")
         target.finish(4)
@@ -350,7 +351,7 @@ def test_failing_write_says_the_name_and_why(
     def full(_descriptor: int, _data: object, _offset: int) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(hostfiles.os, "pwrite", full)
+    monkeypatch.setattr(hosttargets.os, "pwrite", full)
     with (
         pytest.raises(TargetFailed, match=r"out\.img.*No space left"),
         FileTarget(str(tmp_path / "out.img")) as target,

@@ -27,7 +27,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("staging", "selecting"),
     ("copying", "importing", "repairing"),
     ("service",),
-    ("driver", "fuse", "hostfiles"),
+    ("driver", "fuse", "hostsources", "hosttargets"),
     ("worker",),
     ("daemon", "cinder", "cinder_url"),
     ("cli",),

@@ -28,7 +28,8 @@ from backupfs.cli.parameters import json_option, repository_argument
 from backupfs.errors import BackupfsError, ImageTooLarge, InvalidName, SourceFailed
 from backupfs.format.names import volume_of
 from backupfs.format.record import Record
-from backupfs.hostfiles import STREAM_WORD, open_source, open_target
+from backupfs.hostsources import STREAM_WORD, open_source
+from backupfs.hosttargets import open_target
 from backupfs.service import LATEST, RetentionPolicy, Service
 
 # What is wrong with one source, and leaves the others to be backed up.

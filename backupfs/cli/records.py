@@ -21,7 +21,8 @@ from backupfs.errors import (
     MissingData,
 )
 from backupfs.format.record import METADATA_SIZE_MAX, RECORD_SIZE_MAX
-from backupfs.hostfiles import STREAM_WORD, open_target
+from backupfs.hostsources import STREAM_WORD
+from backupfs.hosttargets import open_target
 from backupfs.service import ImportOutcome, Service
 
 # What is wrong with one record, and leaves the others to be taken in.

@@ -7,7 +7,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from backupfs.errors import StorageError, StorageFull, StorageReadOnly, StorageUnavailable
+from backupfs.errors import (
+    BackupfsError,
+    StorageError,
+    StorageFull,
+    StorageReadOnly,
+    StorageUnavailable,
+)
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _WANTING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
@@ -39,3 +45,12 @@ def translated() -> Iterator[None]:
         yield
     except OSError as error:
         raise storage_error(error) from error
+
+
+@contextmanager
+def failing_as(failure: type[BackupfsError], name: str) -> Iterator[None]:
+    """Turn the system's errors about ``name``, which is no object of a repository, into ``failure``."""
+    try:
+        yield
+    except OSError as error:
+        raise failure(name=name, reason=error.strerror or str(error)) from error

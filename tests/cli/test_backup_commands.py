@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from command_line import MIB, Run, damage_data
 
-from backupfs.hostfiles import DeviceTarget, FileTarget
+from backupfs.hosttargets import DeviceTarget, FileTarget
 
 COMMAND = [sys.executable, "-m", "backupfs.cli.main"]
 
@@ -177,7 +177,7 @@ def test_image_written_to_meanwhile_is_backed_up_with_a_warning(
         os.utime(image, ns=(0, offset + 1))
         return real_read(descriptor, size, offset)
 
-    monkeypatch.setattr("backupfs.hostfiles.os.pread", read_beside_a_writer)
+    monkeypatch.setattr("backupfs.hostsources.os.pread", read_beside_a_writer)
     made = run("backup", repo, image, "--json")
 
     assert made.code == 0

@@ -1,0 +1,214 @@
+"""Files and devices of this host that a restore writes.
+
+A file that is not whole is never shown: a new one stands under a temporary name until ``finish``, and
+goes away again if that is never reached. Nothing here knows of repositories.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from abc import ABC, abstractmethod
+from contextlib import suppress
+from typing import Self
+
+from backupfs.ambient import Ambient
+from backupfs.errors import Busy, TargetExists, TargetFailed
+from backupfs.storage.oserrors import failing_as
+from backupfs.types import Buffer
+
+# A restored image of unknown origin may hold secrets: its owner's alone, until someone says more.
+FILE_MODE_DEFAULT = 0o600
+
+ZEROS_SIZE = 1 << 20  # written at once where a device can make no holes
+
+# What link(2) says where the file system has no hard links.
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
+
+
+class HostTarget(ABC):
+    """Where the host can put an image: an ``ImageTarget`` to be used in a ``with`` statement.
+
+    Leaving the statement before ``finish`` was reached gives up what was written.
+    """
+
+    def __init__(self, descriptor: int, *, name: str) -> None:
+        self.name = name
+        self.is_partial = False  # something was overwritten, and the image is not whole
+        self._descriptor = descriptor
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Put ``data`` at ``offset``. Raises: TargetFailed."""
+        view = memoryview(data)
+        with failing_as(TargetFailed, self.name):
+            while view:
+                written = os.pwrite(self._descriptor, view, offset)
+                offset, view = offset + written, view[written:]
+
+    @abstractmethod
+    def write_hole(self, offset: int, size: int) -> None:
+        """Make ``size`` bytes at ``offset`` read as zeros. Raises: TargetFailed."""
+
+    @abstractmethod
+    def finish(self, size: int) -> None:
+        """Make all that was written durable, as an image of ``size`` bytes. Raises: TargetFailed."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        os.close(self._descriptor)
+
+
+class FileTarget(HostTarget):
+    """A new, sparse file, which appears under its name when it is whole and durable.
+
+    With ``force`` it replaces a file of that name and takes over its owner and mode; the old one
+    stays until that moment.
+    """
+
+    def __init__(self, path: str, *, force: bool = False, mode: int | None = None) -> None:
+        """Raises: TargetExists, TargetFailed."""
+        # A link is followed: the image it leads to is replaced, not the link.
+        self._path = os.path.realpath(path)
+        self._force = force
+        if os.path.isdir(self._path):
+            raise TargetFailed(name=path, reason="it is a folder; give the file's name")
+        if not force and os.path.lexists(self._path):
+            raise TargetExists(path=path)
+        # Not made from the file's name, which may have all the bytes that a name can have.
+        temporary_name = f".backupfs-{Ambient().new_uuid()}.part"
+        self._temporary = os.path.join(os.path.dirname(self._path), temporary_name)
+        self._finished = False
+        with failing_as(TargetFailed, path):
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            allowed = FILE_MODE_DEFAULT if mode is None else mode & 0o666
+            super().__init__(os.open(self._temporary, flags, allowed), name=path)
+
+    def write_hole(self, offset: int, size: int) -> None:
+        """Nothing to do: what is never written in a new file is a hole."""
+
+    def finish(self, size: int) -> None:
+        with failing_as(TargetFailed, self.name):
+            os.ftruncate(self._descriptor, size)
+            if self._force:
+                self._resemble_replaced()
+            os.fsync(self._descriptor)
+            self._appear()
+            self._finished = True
+            _sync_folder(os.path.dirname(self._path))
+
+    def __exit__(self, *_exception: object) -> None:
+        super().__exit__()
+        if not self._finished:
+            with suppress(OSError):
+                os.unlink(self._temporary)
+
+    def _resemble_replaced(self) -> None:
+        """Give the new file owner and mode of the one in its place, as far as we may."""
+        with suppress(FileNotFoundError):
+            replaced = os.stat(self._path)
+            with suppress(PermissionError):
+                os.fchown(self._descriptor, replaced.st_uid, replaced.st_gid)
+            with suppress(PermissionError):
+                os.fchmod(self._descriptor, stat.S_IMODE(replaced.st_mode))
+
+    def _appear(self) -> None:
+        if self._force:
+            os.replace(self._temporary, self._path)
+            return
+        try:
+            # Unlike a rename, a link refuses to replace what came there meanwhile.
+            os.link(self._temporary, self._path)
+            os.unlink(self._temporary)
+        except FileExistsError as error:
+            raise TargetExists(path=self.name) from error
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            if os.path.lexists(self._path):
+                raise TargetExists(path=self.name) from error
+            os.rename(self._temporary, self._path)
+
+
+class DeviceTarget(HostTarget):
+    """A block device nobody else uses: written in full, zeros included; what is behind the image stays."""
+
+    def __init__(self, path: str, *, size: int) -> None:
+        """Nothing is written yet. Raises: Busy, TargetFailed (also if it has less than ``size`` bytes)."""
+        try:
+            # O_EXCL without O_CREAT: refused for a device that is mounted or part of another.
+            descriptor = os.open(path, os.O_WRONLY | os.O_EXCL | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise Busy(what=repr(path), holder="a mount or another device") from error
+            raise TargetFailed(name=path, reason=error.strerror) from error
+        super().__init__(descriptor, name=path)
+        try:
+            self._check(size)
+        except BaseException:  # the caller gets no target that it could close
+            os.close(descriptor)
+            raise
+
+    def write(self, offset: int, data: Buffer) -> None:
+        self.is_partial = True
+        super().write(offset, data)
+
+    def write_hole(self, offset: int, size: int) -> None:
+        zeros = bytes(min(size, ZEROS_SIZE))
+        end = offset + size
+        while offset < end:
+            piece = zeros[: end - offset]
+            self.write(offset, piece)
+            offset += len(piece)
+
+    def finish(self, size: int) -> None:
+        with failing_as(TargetFailed, self.name):
+            os.fsync(self._descriptor)
+        self.is_partial = False
+
+    def _check(self, size: int) -> None:
+        if not stat.S_ISBLK(os.fstat(self._descriptor).st_mode):
+            raise TargetFailed(name=self.name, reason="it is no block device any more")
+        with failing_as(TargetFailed, self.name):
+            room = os.lseek(self._descriptor, 0, os.SEEK_END)
+        if room < size:
+            reason = f"the device has {room} bytes, the image {size}; nothing was written"
+            raise TargetFailed(name=self.name, reason=reason)
+
+
+def open_target(
+    path: str, *, size: int, force: bool = False, mode: int | None = None
+) -> HostTarget:
+    """A target for an image of ``size`` bytes: a block device if ``path`` is one, else a file.
+
+    ``mode`` is for a new file, less the umask.
+
+    Raises:
+        TargetExists: a file is there, and ``force`` is not given.
+        TargetFailed: it cannot be written, or not hold the image.
+        Busy: the device is in use.
+    """
+    try:
+        found = os.stat(path).st_mode
+    except OSError:
+        return FileTarget(path, force=force, mode=mode)
+    if stat.S_ISBLK(found):
+        return DeviceTarget(path, size=size)
+    if not stat.S_ISREG(found) and not stat.S_ISDIR(found):
+        raise TargetFailed(name=path, reason="it is neither a file nor a block device")
+    return FileTarget(path, force=force, mode=mode)
+
+
+def _sync_folder(path: str) -> None:
+    """Make the names in a folder durable, where we may read it and its file system can do that."""
+    with suppress(PermissionError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+        finally:
+            os.close(descriptor)
