@@ -6,7 +6,6 @@ FUSE, trio, click or Cinder. A verb that returns has made its effect durable.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -15,6 +14,7 @@ from typing import Any
 from backupfs.ambient import Ambient
 from backupfs.catalogue import Catalogue
 from backupfs.copying import back_up, never, restore
+from backupfs.deleting import delete, prune
 from backupfs.errors import (
     BackupExists,
     BackupNotFound,
@@ -33,7 +33,6 @@ from backupfs.format.names import check_volume_name
 from backupfs.format.record import (
     Description,
     Record,
-    backup_id_of,
     canonical_backup_id,
     encode_record,
 )
@@ -54,10 +53,8 @@ from backupfs.reports import (
 from backupfs.repository import gc as garbage
 from backupfs.repository.metadata import check_metadata
 from backupfs.repository.rebuild import list_packs
-from backupfs.repository.records import as_damage
 from backupfs.repository.repository import Repository, init_repository
-from backupfs.repository.verify import Finding, Verification
-from backupfs.retention import RetentionPolicy, check_policy, kept_ids
+from backupfs.retention import RetentionPolicy
 from backupfs.selecting import select
 from backupfs.staging.area import StagingArea
 from backupfs.staging.drafts import (
@@ -71,6 +68,7 @@ from backupfs.staging.lifecycle import Policy
 from backupfs.staging.publish import LATEST, Publication
 from backupfs.staging.state_store import StateStore
 from backupfs.types import Progress, no_progress
+from backupfs.verifying import verify
 
 __all__ = [
     "LATEST",
@@ -307,11 +305,7 @@ class Service:
 
     def delete(self, record: Record) -> None:
         """Delete a backup; its space is free after gc. Raises: BackupNotFound, StorageError."""
-        if not self.repository.records.exists(record.backup_id):
-            self.catalogue.refresh()
-            raise BackupNotFound(selector=record.backup_id)
-        self.repository.records.delete(record.backup_id)
-        self.catalogue.remove(record)
+        delete(self.repository, self.catalogue, record)
 
     def prune(
         self, policy: RetentionPolicy, *, volume: str | None = None, dry_run: bool = False
@@ -322,22 +316,7 @@ class Service:
             InvalidOption: a rule keeps less than nothing, or all together keep nothing.
             VolumeNotFound, StorageError: backups already deleted stay deleted.
         """
-        check_policy(policy)
-        kept: list[Record] = []
-        deleted: list[Record] = []
-        self.catalogue.refresh()
-        if volume is not None:
-            self.backups(volume)
-        for name in [volume] if volume is not None else self.catalogue.volumes():
-            backups = self.catalogue.backups(name)
-            keep = kept_ids(backups, policy)
-            for record in backups:
-                (kept if record.backup_id in keep else deleted).append(record)
-        if not dry_run:
-            for record in deleted:
-                with contextlib.suppress(BackupNotFound):
-                    self.delete(record)
-        return PruneReport(kept=kept, deleted=deleted)
+        return prune(self.repository, self.catalogue, policy, volume=volume, dry_run=dry_run)
 
     def gc(self, *, progress: Progress = no_progress) -> GcReport:
         """Free what no backup and no draft reaches. See ``repository.gc`` for errors."""
@@ -361,34 +340,7 @@ class Service:
 
         With ``quick`` data are looked up but not read. Raises: StorageError.
         """
-        self.catalogue.refresh()
-        run = Verification(self.repository, progress)
-        # Read again: what this process has in memory says nothing of the disk.
-        readable, unreadable = self.repository.records.get_all()
-        if records is None:
-            chosen = sorted(readable.values(), key=lambda record: (record.volume, record.name))
-            run.note_objects([as_damage(*item) for item in unreadable.items()])
-        else:
-            chosen = list(records)
-            wanted = {record.object_name for record in chosen} & unreadable.keys()
-            run.note_objects([as_damage(name, unreadable[name]) for name in sorted(wanted)])
-        run.run(chosen, quick=quick)
-        return VerifyReport(
-            backups_checked=len(chosen),
-            bytes_checked=run.bytes_checked,
-            damage=[
-                Damage(
-                    object_name=finding.object_name,
-                    reason=finding.reason,
-                    backup_id=_backup_hit(finding),
-                    volume=finding.record.volume if finding.record else None,
-                    offset=finding.offset,
-                    size=finding.size,
-                )
-                for finding in run.findings
-            ],
-            complete=not quick,
-        )
+        return verify(self.repository, self.catalogue, records, quick=quick, progress=progress)
 
     def repair(self, *, dry_run: bool = False, progress: Progress = no_progress) -> Repaired:
         """Save what is whole in damaged packs, make the index anew, find images without a record;
@@ -493,13 +445,6 @@ class Service:
             ambient=self.repository.ambient,
             mountpoint=mountpoint,
         )
-
-
-def _backup_hit(finding: Finding) -> str | None:
-    """The backup that damage hits: the one it was found in, or whose record it is."""
-    if finding.record is not None:
-        return finding.record.backup_id
-    return backup_id_of(finding.object_name)
 
 
 def _aware(moment: datetime) -> datetime:

@@ -25,7 +25,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("repository", "reports", "retention", "openvolume"),
     ("catalogue", "image"),
     ("staging", "selecting"),
-    ("copying", "importing", "repairing"),
+    ("copying", "deleting", "importing", "repairing", "verifying"),
     ("service",),
     ("driver", "fuse", "hostsources", "hosttargets"),
     ("worker",),
