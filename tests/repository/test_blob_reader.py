@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from support.damage import flip
 from support.faulty import UNAVAILABLE, FaultyStorage, SteppedStorage
 from support.images import CHUNK_SIZE, back_up, is_clean, noise, restored
 from support.parts import Parts
@@ -34,20 +35,10 @@ def place_of(service: Service, blob_id: BlobId) -> BlobLocation:
     return location
 
 
-def damage(location: str, at: BlobLocation, *, within: int = 60) -> None:
-    """Flip a bit of a stored blob; bytes up to 51 are its header."""
-    path = Path(location) / pack_name(at.pack_id)
-    with path.open("r+b") as file:
-        file.seek(at.offset + within)
-        byte = file.read(1)[0]
-        file.seek(at.offset + within)
-        file.write(bytes([byte ^ 0x10]))
-
-
 @pytest.mark.parametrize("within", [0, 10, 20, 60, 2000], ids=lambda within: f"byte {within}")
 def test_damage_is_an_error_for_its_chunk_and_for_no_other(location, service, within):
     record = back_up(service, IMAGE)
-    damage(location, place_of(service, ids_of(service, record)[7]), within=within)
+    flip(location, place_of(service, ids_of(service, record)[7]), within=within)
     image = service.open_image(record)
 
     for chunk_index in range(40):
@@ -98,7 +89,7 @@ def test_storing_damaged_data_again_heals_them(location, is_told_first):
     with Service.open(location) as service:
         record = back_up(service, IMAGE)
         for blob_id in ids_of(service, record)[3:5]:
-            damage(location, place_of(service, blob_id))
+            flip(location, place_of(service, blob_id))
         if is_told_first:
             assert len(service.verify().damage) == 2
         else:
@@ -121,7 +112,7 @@ def test_damage_found_by_reading_is_healed_by_the_next_backup_of_the_same_proces
 ):
     """A service of Cinder restores, fails, and backs up the volume again."""
     record = back_up(service, IMAGE)
-    damage(location, place_of(service, ids_of(service, record)[3]))
+    flip(location, place_of(service, ids_of(service, record)[3]))
     with pytest.raises(CorruptBlob):
         restored(service, record)
 
@@ -133,7 +124,7 @@ def test_damage_found_by_reading_is_healed_by_the_next_backup_of_the_same_proces
 def test_verify_is_not_deceived_by_what_is_still_in_memory(location, service):
     """A node that is damaged on the disk and still cached from its making."""
     record = back_up(service, IMAGE)
-    damage(location, place_of(service, record.root))
+    flip(location, place_of(service, record.root))
 
     report = service.verify()
 
@@ -144,7 +135,7 @@ def test_verify_is_not_deceived_by_what_is_still_in_memory(location, service):
 def test_what_is_damaged_on_the_disk_is_verified_as_such_by_another_process_too(location):
     with Service.open(location) as service:
         record = back_up(service, IMAGE)
-        damage(location, place_of(service, ids_of(service, record)[5]))
+        flip(location, place_of(service, ids_of(service, record)[5]))
 
     with Service.open(location) as service:
         (found,) = service.verify().damage
@@ -175,7 +166,7 @@ def test_damage_is_told_also_when_the_index_cannot_note_it(location, service, mo
         raise StorageUnavailable(reason="the cache's disk is full")
 
     record = back_up(service, IMAGE)
-    damage(location, place_of(service, ids_of(service, record)[3]))
+    flip(location, place_of(service, ids_of(service, record)[3]))
     monkeypatch.setattr(service.repository.index, "mark_damaged", full)
 
     with pytest.raises(CorruptBlob):

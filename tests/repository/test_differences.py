@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.damage import flip
 from support.images import CHUNK_SIZE, BytesSource, back_up, is_clean, noise, restored
 from support.parts import Parts
 
@@ -148,20 +149,12 @@ def test_a_base_that_gc_has_condemned_is_none(parts):
 
 def test_a_damaged_base_is_none(parts):
     base_id = sealed(parts, BASE)
-    flip(parts, base_id)
+    flip(parts.storage.folder, parts.index.find(base_id), within=90)
 
     blob_id = sealed(parts, changed(BASE), earlier=base_id)
 
     assert base_of(parts, blob_id) is None
     assert parts.reader.chunks([blob_id]) == [changed(BASE)]
-
-
-def flip(parts: Parts, blob_id: BlobId) -> None:
-    location = parts.index.find(blob_id)
-    path = parts.storage.folder / pack_name(location.pack_id)
-    data = bytearray(path.read_bytes())
-    data[location.offset + 90] ^= 1
-    path.write_bytes(data)
 
 
 def test_the_first_changes_of_a_batch_tell_whether_to_look_at_the_others(parts, monkeypatch):
@@ -384,13 +377,6 @@ def test_a_staged_file_goes_on_when_gc_takes_the_backup_that_it_resembles(servic
     assert service.repository.index.damaged() == frozenset(), "what is gone was not looked for"
 
 
-def damage(location: str, place: BlobLocation) -> None:
-    path = Path(location) / pack_name(place.pack_id)
-    data = bytearray(path.read_bytes())
-    data[place.offset + place.size - 1] ^= 1
-    path.write_bytes(data)
-
-
 def reopened(location: str) -> Service:
     """With nothing in its caches."""
     return Service.open(location)
@@ -404,7 +390,7 @@ def test_damage_is_an_error_for_what_needs_it_alone_and_storing_it_again_heals_i
         second = back_up(service, edits)
         _, place = differences(service, second)[0]
         base_place = service.repository.index.find(place.base)
-        damage(location, base_place if of == "base" else place)
+        flip(location, base_place if of == "base" else place, within=-1)
 
     with reopened(location) as service:
         image = service.open_image(second)

@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from support.damage import flip
 from support.images import CHUNK_SIZE, back_up, noise
-from test_blob_reader import damage, ids_of, place_of
+from test_blob_reader import ids_of, place_of
 
 from backupfs.errors import CorruptBlob
 from backupfs.format.pack import pack_name
@@ -101,7 +102,7 @@ def test_what_is_not_in_memory_is_declined_and_learnt(service):
 @pytest.mark.parametrize("within", [0, 5, 10, 20, 60, 2000], ids=lambda within: f"byte {within}")
 def test_damage_is_declined_and_has_one_judge(location, service, within):
     record = prepared(service)
-    damage(location, place_of(service, ids_of(service, record)[7]), within=within)
+    flip(location, place_of(service, ids_of(service, record)[7]), within=within)
 
     assert read_quickly(service.repository, record, 7) is None
     with pytest.raises(CorruptBlob):
