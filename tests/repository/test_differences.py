@@ -28,6 +28,7 @@ from backupfs.repository.index import BlobLocation
 from backupfs.repository.packer import NewBlob
 from backupfs.repository.rebuild import list_packs
 from backupfs.service import Policy, Record, Service
+from backupfs.staging.draft import Draft
 from backupfs.types import HOLE, BlobId, PackId
 
 BASE = noise(CHUNK_SIZE, seed=1)
@@ -171,6 +172,50 @@ def test_the_first_changes_of_a_batch_tell_whether_to_look_at_the_others(parts, 
     )
 
     assert read == before_ids[:2]
+
+
+def test_an_image_to_differ_from_that_is_gone_is_looked_for_once(parts, monkeypatch):
+    asked: list[BlobId] = []
+    node = parts.reader.node
+    gone = BlobId(b"g" * 32)
+    monkeypatch.setattr(
+        parts.reader,
+        "node",
+        lambda blob_id, level: asked.append(blob_id) or node(blob_id, level),
+    )
+    draft = Draft(
+        reader=parts.reader,
+        store=parts.store,
+        workers=parts.workers,
+        credit=parts.credit,
+        share=parts.share,
+        alike=Root(gone, 1),
+    )
+
+    for number in range(20):
+        draft.write(number * CHUNK_SIZE, noise(CHUNK_SIZE, seed=number))
+        draft.checkpoint()
+
+    assert asked.count(gone) == 1
+
+
+def test_the_bases_of_neighbours_are_read_in_one_go(parts):
+    befores = [noise(CHUNK_SIZE, seed=seed) for seed in range(10)]
+    before_ids = parts.store.store_chunks(befores).ids
+    parts.store.seal(since=0)
+    stored = parts.store.store_chunks(
+        [changed(chunk) for chunk in befores],
+        find_earlier=lambda numbers: [before_ids[number] for number in numbers],
+    )
+    parts.store.seal(since=0)
+    for blob_id in (*before_ids, *stored.ids):
+        parts.reader._chunks.drop(blob_id)
+    parts.storage.fail_at(1 << 30)  # counts from now on
+
+    chunks = parts.reader.chunks(stored.ids)
+
+    assert chunks == [changed(chunk) for chunk in befores]
+    assert len(parts.storage.calls) == 2, "the differences, and what they are to"
 
 
 def test_a_repository_without_the_feature_stores_none(location):
@@ -574,8 +619,9 @@ def as_difference(plain: bytes, base: bytes) -> bytes:
     return blob
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 10])
-def test_differences_in_a_circle_are_damage_and_hang_nothing(location, length):
+@pytest.mark.parametrize("length", [2, 3, 10])
+@pytest.mark.parametrize("first_comes", ["a reader", "a writer"])
+def test_differences_in_a_circle_are_damage_and_hang_nothing(location, length, first_comes):
     versions = [edited(BASE, 0, seed=seed) for seed in range(length)]
     blobs = [
         (as_difference(plain, base), IDS.chunk_id(base))
@@ -589,10 +635,11 @@ def test_differences_in_a_circle_are_damage_and_hang_nothing(location, length):
     forged_pack(location, 1, blobs)
 
     with reopened(location) as service:
-        with pytest.raises(DamageError):
-            service.open_image(record).read(0, CHUNK_SIZE)
-        assert {finding.backup_id for finding in service.verify().damage} == {record.backup_id}
-        service.gc()
+        if first_comes == "a reader":
+            with pytest.raises(DamageError):
+                service.open_image(record).read(0, CHUNK_SIZE)
+            assert {hit.backup_id for hit in service.verify().damage} == {record.backup_id}
+            service.gc()
         back_up(service, versions[0], volume="again")
         assert restored(service, record) == versions[0]
         assert is_clean(service)
