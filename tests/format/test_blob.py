@@ -349,3 +349,9 @@ def test_a_base_of_another_size_is_refused():
 
     with pytest.raises(BadBlobError, match="another size"):
         blob.decode(made, expected=plain_id, level=0, ids=IDS, find_base=lambda _: other)
+
+
+def test_a_difference_that_gains_nothing_is_none():
+    base, plain = (random.Random(seed).randbytes(64 << 10) for seed in (1, 2))
+
+    assert ENCODER.encode_difference(plain, IDS.chunk_id(plain), base, IDS.chunk_id(base)) is None
