@@ -311,6 +311,12 @@ def is_alive(process_id: int) -> bool:
     return state not in (b"Z", b"X")
 
 
+def is_at_rest(process_id: int) -> bool:
+    """Whether a process is stopped, or dead and not reaped. Raises: OSError (it is gone)."""
+    fields = Path(f"/proc/{process_id}/stat").read_bytes().rpartition(b")")[2].split()
+    return fields[0] in (b"T", b"Z", b"X")
+
+
 def kill_and_wait(process_id: int, number: int = signal.SIGKILL) -> None:
     """Send a signal; returns when the process is dead."""
     try:

@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,13 +36,18 @@ class Action:
     command: tuple[str | Path, ...] = ()  # or one of ours
     restores: tuple[Path, bytes] | None = None  # a file, and what it must hold afterwards
     is_killed: bool = False  # by a kill of its own
+    said: str = ""  # of what went wrong
 
     def run(self, site: Site, kill_after: float | None) -> None:
         """Run it to its end, however that is; its program may be killed after some seconds."""
         if self.command:
             self._run_ours(site, kill_after)
             return
-        codes = [run_tool(words, kill_after) for words in self.commands]
+        codes = []
+        for words in self.commands:
+            code, said = run_tool(words, kill_after)
+            codes.append(code)
+            self.said += said
         self.promise.is_done = not any(codes)
         self.is_killed = KILLED in codes
 
@@ -52,26 +58,33 @@ class Action:
             command.kill()
             self.is_killed = True
         self.promise.is_done = command.wait() == 0
+        self.said = command.err()
 
 
-def run_tool(words: list[str | Path], kill_after: float | None) -> int:
-    """The exit code of a program; ``KILLED`` where it was killed, with all of its processes."""
-    with subprocess.Popen(
-        [os.fspath(word) for word in words],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as process:
+def run_tool(words: list[str | Path], kill_after: float | None) -> tuple[int, str]:
+    """The exit code of a program, ``KILLED`` where it was killed with all of its processes; and what
+    it said of errors."""
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(
+            [os.fspath(word) for word in words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,
+        ) as process,
+    ):
         try:
-            return process.wait(TOOL_SECONDS if kill_after is None else kill_after)
+            code = process.wait(TOOL_SECONDS if kill_after is None else kill_after)
+            errors.seek(0)
+            return code, errors.read(1000).decode(errors="replace")
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             assert kill_after is not None, f"{words} does not end"
             process.wait(TOOL_SECONDS)
             # rsync is several processes, and the one that writes may live a moment longer.
             assert becomes(lambda: not is_group_alive(process.pid), seconds=TOOL_SECONDS)
-            return KILLED
+            return KILLED, ""
 
 
 def is_group_alive(group: int) -> bool:
