@@ -10,6 +10,8 @@ from backupfs.types import HOLE, BlobId
 # Offset, data (None for a hole) and size in bytes.
 ImageExtent = tuple[int, bytes | None, int]
 
+ZEROS = bytes(1 << 20)  # the most that the kernel asks for at a time, answered without a copy
+
 
 class Image:
     """Thread-safe; needs no closing."""
@@ -28,8 +30,8 @@ class Image:
         first, count, start, size = self._range(offset, size)
         if not size:
             return b""
-        chunks = self._reader.chunks(self.chunk_ids(first, count))
-        return _slice(chunks, start, size)
+        ids = self.chunk_ids(first, count)
+        return _zeros(ids, size) or _slice(self._reader.chunks(ids), start, size)
 
     def read_cached(self, offset: int, size: int) -> bytes | None:
         """The same if all of it is in memory, or None. Never waits."""
@@ -39,6 +41,8 @@ class Image:
         ids = cached_leaf_ids(self._reader, self.root, first, count)
         if ids is None:
             return None
+        if zeros := _zeros(ids, size):
+            return zeros
         chunks = []
         for blob_id in ids:
             chunk = self._reader.cached_chunk(blob_id)
@@ -80,6 +84,13 @@ class Image:
         first = offset // self.chunk_size
         count = (offset + size - 1) // self.chunk_size - first + 1 if size else 0
         return first, count, offset - first * self.chunk_size, size
+
+
+def _zeros(ids: list[BlobId], size: int) -> bytes | None:
+    """``size`` bytes of nothing but holes, mostly without making them; None where there are data."""
+    if ids.count(HOLE) < len(ids):
+        return None
+    return ZEROS[:size] if size <= len(ZEROS) else bytes(size)
 
 
 def _slice(chunks: list[bytes], start: int, size: int) -> bytes:

@@ -41,6 +41,7 @@ from backupfs.errors import (
 from backupfs.format.pack import pack_name
 from backupfs.service import Record, RetentionPolicy, Service, init
 
+MIB = 1 << 20
 MOMENT = datetime(2026, 11, 22, 14, 25, 3, tzinfo=UTC)
 IDS = [f"{start}-0000-4000-8000-000000000000" for start in ("abc00000", "abd00000", "b0000000")]
 
@@ -193,6 +194,22 @@ def test_holes_are_neither_stored_nor_counted(service):
     assert image.read(5 * CHUNK_SIZE - 1, 3)[:1] == b"\0"
     assert image.read(size - 2, 10) == b"\0x"
     assert image.read(size, 10) == b""
+
+
+@pytest.mark.parametrize("read", ["read", "read_cached"])
+@pytest.mark.parametrize("offset", [0, 1, CHUNK_SIZE])
+@pytest.mark.parametrize("size", [1, CHUNK_SIZE, MIB - 1, MIB, MIB + 1, 3 * MIB])
+def test_any_number_of_bytes_of_holes_are_that_many_zeros(service, read, offset, size):
+    hole = 4 * MIB
+    record = service.backup(
+        SparseSource(hole + CHUNK_SIZE, [(hole, noise(CHUNK_SIZE, seed=1))]), volume="vm"
+    )
+    image = service.open_image(record)
+    image.read(0, CHUNK_SIZE)  # so that its nodes are in memory
+
+    assert getattr(image, read)(offset, size) == bytes(size)
+    assert getattr(image, read)(hole - 1, 1) == b"\0"
+    assert image.read(hole - size, size + 1) == bytes(size) + noise(CHUNK_SIZE, seed=1)[:1]
 
 
 def test_progress_is_told_all_bytes(service):

@@ -28,7 +28,7 @@ from backupfs.service import Service, StagingArea
 log = logging.getLogger(__name__)
 
 FS_TYPE = "fuse.backupfs"
-READ_AHEAD_KIB = 2048
+READ_AHEAD_KIB = 4096
 REFRESH_SECONDS = 0.5  # until the mount shows what other processes did
 TICK_SECONDS = 0.2
 INTERRUPT_SECONDS = 0.1

@@ -1,12 +1,15 @@
 """From the event loop to threads and back.
 
 Reads go over a plain queue to a few threads of their own, so that no flush or publish can keep them
-waiting, at a fifth of the cost of ``trio.to_thread``. What may take long goes to ``trio.to_thread``
-with a limit of its own.
+waiting, at a fifth of the cost of ``trio.to_thread``. Long reads, those of a program that reads on and
+on, have a queue and threads apart: small ones need not wait for them, and they are no more than the
+processors, as their work is to decompress and prove, and more threads would but contend for the
+interpreter's lock. What may take long goes to ``trio.to_thread`` with a limit of its own.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -18,6 +21,8 @@ from backupfs.repository.workers import Credit, Workers
 Result = TypeVar("Result")
 
 READERS = 4
+LONG_READERS = min(READERS, max(2, os.cpu_count() or 1))
+LONG_READ_SIZE = 256 << 10
 SLOW_CALLS_MAX = 64
 
 
@@ -27,23 +32,26 @@ class Threads:
     def __init__(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         self._readers = Workers(READERS, name="reader")
+        self._long_readers = Workers(LONG_READERS, name="long-reader")
         self._limiter = trio.CapacityLimiter(SLOW_CALLS_MAX)
 
     def close(self) -> None:
         self._readers.close()
+        self._long_readers.close()
 
-    async def read(self, call: Callable[..., Result], *arguments: Any) -> Result:
-        """Run ``call`` in a reader's thread."""
+    async def read(self, call: Callable[[int, int], Result], offset: int, size: int) -> Result:
+        """Run ``call(offset, size)`` in a reader's thread."""
+        readers = self._readers if size < LONG_READ_SIZE else self._long_readers
         task = trio.lowlevel.current_task()
 
         def deliver(result: outcome.Outcome[Result]) -> None:
             trio.lowlevel.reschedule(task, outcome.Value(result))
 
         def work() -> None:
-            result = outcome.capture(call, *arguments)
+            result = outcome.capture(call, offset, size)
             self._token.run_sync_soon(deliver, result)
 
-        self._readers.submit(work)
+        readers.submit(work)
         # Not cancellable: the thread will deliver to this task whatever happens.
         result = await trio.lowlevel.wait_task_rescheduled(
             lambda _raise: trio.lowlevel.Abort.FAILED
