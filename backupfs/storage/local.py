@@ -10,6 +10,7 @@ import contextlib
 import errno
 import logging
 import os
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 # nanoseconds, when its content and its inode were changed.
 Stamp = tuple[int, int, int, int]
 
-OPEN_FILES_MAX = 64
+OPEN_FILES_MAX = 1024  # kept open for reading, if the process may have four times as many
 COMPARE_SIZE = 1 << 20
 TEMPORARY_AGE_MAX = 24 * 3600.0  # seconds after which a temporary file has no living writer
 # A folder changed more recently than this may change again without a new time stamp.
@@ -35,6 +36,7 @@ SETTLED_NS = 2_000_000_000
 
 # Links are refused by some file systems (FAT, some network ones); there a rename must do.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS}
+_NO_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
 
 
 class LocalStorage:
@@ -45,6 +47,7 @@ class LocalStorage:
         self.location = str(folder)
         self.folder = folder
         self._open_files: OrderedDict[str, int] = OrderedDict()
+        self._open_files_max = open_files_max()
         # Made or found, and synced by this process: that one is there does not say that it stays.
         self._durable_folders: set[Path] = set()
         self._lock = threading.Lock()
@@ -52,8 +55,7 @@ class LocalStorage:
     def close(self) -> None:
         """Close the files kept open for reading."""
         with self._lock:
-            while self._open_files:
-                os.close(self._open_files.popitem()[1])
+            self._close_all()
 
     def put_new(self, name: ObjectName, data: Buffer | SpooledFile) -> None:
         with translated():
@@ -239,15 +241,36 @@ class LocalStorage:
     def _borrow(self, name: str) -> int:
         """A descriptor of the caller's own; opening by name is spared where it was read before."""
         with self._lock:
-            file = self._open_files.get(name)
-            if file is None:
-                file = os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
-                self._open_files[name] = file
-                if len(self._open_files) > OPEN_FILES_MAX:
-                    os.close(self._open_files.popitem(last=False)[1])
-            else:
-                self._open_files.move_to_end(name)
-            return os.dup(file)
+            try:
+                return os.dup(self._opened(name))
+            except OSError as error:
+                if error.errno not in _NO_DESCRIPTORS or not self._open_files:
+                    raise
+                self._close_all()  # those kept open are the first to give way
+                return os.dup(self._opened(name))
+
+    def _opened(self, name: str) -> int:
+        file = self._open_files.get(name)
+        if file is None:
+            file = os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
+            self._open_files[name] = file
+            if len(self._open_files) > self._open_files_max:
+                os.close(self._open_files.popitem(last=False)[1])
+        else:
+            self._open_files.move_to_end(name)
+        return file
+
+    def _close_all(self) -> None:
+        while self._open_files:
+            os.close(self._open_files.popitem()[1])
+
+
+def open_files_max() -> int:
+    """How many files one storage keeps open, by the limit of this process as it is now."""
+    limit, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return OPEN_FILES_MAX
+    return max(1, min(OPEN_FILES_MAX, limit // 4))
 
 
 def _has_name(file: int) -> bool:

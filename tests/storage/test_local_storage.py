@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
@@ -175,7 +176,24 @@ def test_an_object_that_is_deleted_while_another_is_put_under_its_name_was_there
     assert files_below(storage.folder) == set()
 
 
-def test_many_threads_read_many_objects_through_few_descriptors(storage):
+@pytest.fixture
+def with_limit():
+    """Sets how many descriptors this process may have."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield lambda limit: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(3, 1), (256, 64), (1024, 256), (4096, 1024)])
+def test_a_quarter_of_the_descriptors_is_for_files_kept_open(with_limit, limit, kept):
+    with_limit(limit)
+
+    assert local.open_files_max() == kept
+
+
+def test_many_threads_read_many_objects_through_few_descriptors(scratch, with_limit):
+    with_limit(128)
+    storage = LocalStorage(scratch, Ambient())
     for number in range(100):
         storage.put_new(ObjectName(f"packs/aa/{number}"), b"%d" % number)
     wrong: list[int] = []
@@ -193,9 +211,29 @@ def test_many_threads_read_many_objects_through_few_descriptors(storage):
         thread.join()
 
     assert wrong == []
-    assert len(os.listdir("/proc/self/fd")) <= before + local.OPEN_FILES_MAX
+    assert len(os.listdir("/proc/self/fd")) <= before + 32
     storage.close()
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_files_kept_open_give_way_when_descriptors_run_out(storage, with_limit):
+    for number in range(20):
+        storage.put_new(ObjectName(f"packs/aa/{number}"), b"%d" % number)
+        storage.get_range(ObjectName(f"packs/aa/{number}"), 0, 10)
+
+    with_limit(max(map(int, os.listdir("/proc/self/fd"))) - 10)
+
+    for number in (0, 19, 0):
+        assert storage.get_range(ObjectName(f"packs/aa/{number}"), 0, 10) == b"%d" % number
+
+
+def test_out_of_descriptors_without_any_kept_open_says_so(storage, with_limit):
+    storage.put_new(ObjectName("packs/aa/1"), b"1")
+
+    with_limit(3)
+
+    with pytest.raises(StorageUnavailable, match="Too many open files"):
+        storage.get_range(ObjectName("packs/aa/1"), 0, 10)
 
 
 def test_a_replaced_file_has_the_old_or_the_new_content(scratch, monkeypatch):
