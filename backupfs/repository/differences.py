@@ -14,6 +14,7 @@ from __future__ import annotations
 import operator
 import struct
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from backupfs.errors import BackupfsError
 from backupfs.format.blob import BlobEncoder
@@ -25,11 +26,18 @@ from backupfs.types import HOLE, BlobId, Buffer
 PIECE_SIZE = 512
 # What a difference must spare, beside half of what its base takes.
 GAIN_SIZE_MIN = 2048
-# Where so many of a batch are not like what was there, the others are not looked at.
-TRIES = 2
 
 # Where those blobs lie that a writer may rely on, by their ids.
 FindUsable = Callable[[Iterable[BlobId]], dict[BlobId, BlobLocation]]
+
+
+class _Candidate(NamedTuple):
+    """A chunk, and what it may be stored as a difference to."""
+
+    blob_id: BlobId
+    plain: Buffer
+    base_id: BlobId
+    base_size: int  # bytes that the base takes
 
 
 class Differences:
@@ -59,16 +67,19 @@ class Differences:
         try:
             bases = self._bases({earlier[blob_id] for blob_id, _ in chunks if blob_id in earlier})
             wanted = [
-                (blob_id, plain, *bases[earlier[blob_id]])
+                _Candidate(blob_id, plain, *bases[earlier[blob_id]])
                 for blob_id, plain in chunks
                 if earlier.get(blob_id) in bases
             ]
-            blobs = self._encode(wanted[:TRIES])
-            if blobs or len(wanted) <= TRIES:
-                blobs |= self._encode(wanted[TRIES:])
+            # Where something else was written over a long range, both ends of a batch show it: then
+            # what was there is not read and compared for each chunk between them.
+            ends, others = wanted[:1] + wanted[1:][-1:], wanted[1:-1]
+            like = self._like(ends)
+            if like:
+                like += self._like(others)
+            return self._encode(like)
         except BackupfsError:  # a base cannot be read: whoever has it stores its chunk whole
             return {}
-        return blobs
 
     def _bases(self, before: set[BlobId]) -> dict[BlobId, tuple[BlobId, int]]:
         """The base to take for what is like a chunk, and the bytes that the base takes."""
@@ -84,12 +95,18 @@ class Differences:
                 bases[blob_id] = (base_id, location.size)
         return bases
 
-    def _encode(self, wanted: Sequence[tuple[BlobId, Buffer, BlobId, int]]) -> dict[BlobId, bytes]:
+    def _like(self, wanted: Sequence[_Candidate]) -> list[tuple[_Candidate, bytes]]:
+        """Those that are like their bases, and the bytes of these."""
+        bases = self._reader.chunks([candidate.base_id for candidate in wanted])
+        return [
+            (candidate, base)
+            for candidate, base in zip(wanted, bases, strict=True)
+            if candidate.blob_id != candidate.base_id and self._is_like(candidate.plain, base)
+        ]
+
+    def _encode(self, like: Sequence[tuple[_Candidate, bytes]]) -> dict[BlobId, bytes]:
         blobs = {}
-        plain_bases = self._reader.chunks([base_id for _, _, base_id, _ in wanted])
-        for (blob_id, plain, base_id, base_size), base in zip(wanted, plain_bases, strict=True):
-            if blob_id == base_id or not self._is_like(plain, base):
-                continue
+        for (blob_id, plain, base_id, base_size), base in like:
             blob = self._encoder.encode_difference(plain, blob_id, base, base_id)
             if blob is not None and len(blob) <= min(base_size // 2, base_size - GAIN_SIZE_MIN):
                 blobs[blob_id] = blob

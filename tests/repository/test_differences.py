@@ -158,7 +158,7 @@ def test_a_damaged_base_is_none(parts):
     assert parts.reader.chunks([blob_id]) == [changed(BASE)]
 
 
-def test_the_first_changes_of_a_batch_tell_whether_to_look_at_the_others(parts, monkeypatch):
+def test_both_ends_of_a_batch_tell_whether_to_look_between_them(parts, monkeypatch):
     before = [noise(CHUNK_SIZE, seed=seed) for seed in range(20, 30)]
     before_ids = parts.store.store_chunks(before).ids
     parts.store.seal(since=0)
@@ -171,7 +171,27 @@ def test_the_first_changes_of_a_batch_tell_whether_to_look_at_the_others(parts, 
         new, find_earlier=lambda numbers: [before_ids[number] for number in numbers]
     )
 
-    assert read == before_ids[:2]
+    assert read == [before_ids[0], before_ids[-1]]
+
+
+@pytest.mark.parametrize("like", [[0, 1, 4], [2, 3, 5], [0], [5], range(6)])
+def test_all_that_is_like_is_found_where_one_end_of_a_batch_is_like(parts, like):
+    before = [noise(CHUNK_SIZE, seed=seed) for seed in range(20, 26)]
+    before_ids = parts.store.store_chunks(before).ids
+    parts.store.seal(since=0)
+
+    new = [
+        changed(chunk) if place in like else noise(CHUNK_SIZE, seed=30 + place)
+        for place, chunk in enumerate(before)
+    ]
+    ids = parts.store.store_chunks(
+        new, find_earlier=lambda numbers: [before_ids[number] for number in numbers]
+    ).ids
+    parts.store.seal(since=0)
+
+    expected = [before_ids[place] if place in like else None for place in range(6)]
+    assert [base_of(parts, blob_id) for blob_id in ids] == expected
+    assert parts.reader.chunks(ids) == new
 
 
 def test_an_image_to_differ_from_that_is_gone_is_looked_for_once(parts, monkeypatch):
