@@ -22,6 +22,7 @@ from backupfs.types import Buffer
 FILE_MODE_DEFAULT = 0o600
 
 ZEROS_SIZE = 1 << 20  # written at once where a device can make no holes
+WRITE_OUT_SIZE = 32 << 20  # bytes after which the system is told to bring them to the disk
 
 # What link(2) says where the file system has no hard links.
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
@@ -37,6 +38,7 @@ class HostTarget(ABC):
         self.name = name
         self.is_partial = False  # something was overwritten, and the image is not whole
         self._descriptor = descriptor
+        self._written_out = 0  # the offset up to which the system was told so
 
     def write(self, offset: int, data: Buffer) -> None:
         """Put ``data`` at ``offset``. Raises: TargetFailed."""
@@ -45,6 +47,19 @@ class HostTarget(ABC):
             while view:
                 written = os.pwrite(self._descriptor, view, offset)
                 offset, view = offset + written, view[written:]
+        if offset - self._written_out >= WRITE_OUT_SIZE:
+            self._write_out(offset)
+
+    def _write_out(self, end: int) -> None:
+        """Have the disk work while the next chunks are read, rather than only in the last sync.
+
+        What is not needed any more the system begins to write at once and does not wait for it (so
+        does Linux, mm/fadvise.c). Only advice: what goes wrong with the writing, the sync will tell.
+        """
+        with suppress(OSError):
+            size = end - self._written_out
+            os.posix_fadvise(self._descriptor, self._written_out, size, os.POSIX_FADV_DONTNEED)
+        self._written_out = end
 
     @abstractmethod
     def write_hole(self, offset: int, size: int) -> None:

@@ -230,6 +230,30 @@ def test_new_file_is_sparse_and_appears_when_finished(tmp_path: Path) -> None:
     assert written_bytes(path) < MIB
 
 
+def test_what_is_written_is_sent_to_the_disk_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[int, int]] = []
+
+    def refused(_file: int, offset: int, size: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_DONTNEED
+        sent.append((offset, offset + size))
+        raise OSError(errno.EINVAL, "it is only advice")
+
+    monkeypatch.setattr(os, "posix_fadvise", refused)
+    monkeypatch.setattr(hosttargets, "WRITE_OUT_SIZE", 3 * MIB)
+    content = os.urandom(MIB)
+
+    with open_target(str(tmp_path / "new.img"), size=12 * MIB) as target:
+        for place in (0, 1, 2, 3, 8, 9, 10):
+            target.write(place * MIB, content)
+        target.finish(12 * MIB)
+
+    assert sent == [(0, 3 * MIB), (3 * MIB, 9 * MIB)]
+    gap = bytes(4 * MIB)
+    assert (tmp_path / "new.img").read_bytes() == content * 4 + gap + content * 3 + bytes(MIB)
+
+
 def test_unfinished_file_leaves_nothing(tmp_path: Path) -> None:
     with (
         pytest.raises(RuntimeError),
