@@ -191,8 +191,8 @@ def test_a_quarter_of_the_descriptors_is_for_files_kept_open(with_limit, limit, 
     assert local.open_files_max() == kept
 
 
-def test_many_threads_read_many_objects_through_few_descriptors(scratch, with_limit):
-    with_limit(128)
+def test_many_threads_read_many_objects_through_few_descriptors(scratch, monkeypatch):
+    monkeypatch.setattr(local, "OPEN_FILES_MAX", 32)
     storage = LocalStorage(scratch, Ambient())
     for number in range(100):
         storage.put_new(ObjectName(f"packs/aa/{number}"), b"%d" % number)
@@ -221,7 +221,11 @@ def test_files_kept_open_give_way_when_descriptors_run_out(storage, with_limit):
         storage.put_new(ObjectName(f"packs/aa/{number}"), b"%d" % number)
         storage.get_range(ObjectName(f"packs/aa/{number}"), 0, 10)
 
-    with_limit(max(map(int, os.listdir("/proc/self/fd"))) - 10)
+    lowest_free = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest_free)
+    with_limit(lowest_free)
+    with pytest.raises(OSError, match="Too many open files"):
+        os.open(os.devnull, os.O_RDONLY)
 
     for number in (0, 19, 0):
         assert storage.get_range(ObjectName(f"packs/aa/{number}"), 0, 10) == b"%d" % number
