@@ -184,7 +184,7 @@ def _start() -> tuple[subprocess.Popen[bytes], socket.socket]:
                 pass_fds=[descriptor],
                 start_new_session=True,
             )
-        except BaseException:
+        except BaseException:  # whoever gets none cannot close its end either
             ours.close()
             raise
     return process, ours

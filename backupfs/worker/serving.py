@@ -75,7 +75,7 @@ def _keep_metadata(driver: BackupDriver, record: Record, metadata: dict[str, Any
     """Keep them for the volume too, where a mount shows them; without that there is no backup."""
     try:
         driver.service.put_metadata(record.volume, metadata)
-    except BaseException:
+    except BaseException:  # however it failed, no backup may stay that Cinder was not told of
         driver.service.delete(record)
         raise
 
