@@ -270,10 +270,32 @@ def test_commands_with_few_open_files_work_or_say_so(site: Site, limit: int) -> 
     assert "no damage" in damaged
 
 
+def open_files_limit(process_id: int) -> int:
+    """How many open files a process may have."""
+    limits = Path(f"/proc/{process_id}/limits").read_text()
+    (line,) = [line for line in limits.splitlines() if line.startswith("Max open files")]
+    return int(line.split()[3])
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "raised"), [(1024, 8192, 4096), (256, 1024, 1024), (5000, 8192, 5000)]
+)
+def test_daemon_raises_its_limit_of_open_files_as_far_as_it_may_and_needs(
+    site: Site, soft: int, hard: int, raised: int
+) -> None:
+    words = ("mount", site.repo, site.path, "-o", f"log_file={site.log_file}")
+
+    site.run("prlimit", f"--nofile={soft}:{hard}", "--", BACKUPFS, *words)
+
+    assert open_files_limit(site.daemon()) == raised
+    assert_same(site.latest("vm").read_bytes(), DATA, "vm")
+
+
 @pytest.mark.parametrize("limit", [12, 17, 20, 24])
 def test_daemon_with_few_open_files_works_or_says_so(site: Site, limit: int) -> None:
     words = ("mount", site.repo, site.path, "-o", f"log_file={site.log_file}")
-    ended = site.run("prlimit", f"--nofile={limit}:", "--", BACKUPFS, *words, check=False)
+    # The hard limit too: a daemon raises the other one as far as it may.
+    ended = site.run("prlimit", f"--nofile={limit}", "--", BACKUPFS, *words, check=False)
     if ended.returncode:
         refused(ended, "Too many open files")
         assert not site.is_mounted()
@@ -284,9 +306,8 @@ def test_daemon_with_few_open_files_works_or_says_so(site: Site, limit: int) -> 
     ]
     done = [copy.wait(SECONDS_MAX) == 0 for copy in copies]
     site.run("ls", "-lR", site.volumes)
-    daemon = site.daemon()
+    assert open_files_limit(site.daemon()) == limit
 
-    site.run("prlimit", f"--pid={daemon}", "--nofile=1024:")
     site.remount()
 
     for number, is_done in enumerate(done):
