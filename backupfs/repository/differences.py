@@ -73,10 +73,9 @@ class Differences:
             ]
             # Where something else was written over a long range, both ends of a batch show it: then
             # what was there is not read and compared for each chunk between them.
-            ends, others = wanted[:1] + wanted[1:][-1:], wanted[1:-1]
-            like = self._like(ends)
+            like = self._like(wanted if len(wanted) <= 2 else [wanted[0], wanted[-1]])
             if like:
-                like += self._like(others)
+                like += self._like(wanted[1:-1])
             return self._encode(like)
         except BackupfsError:  # a base cannot be read: whoever has it stores its chunk whole
             return {}
