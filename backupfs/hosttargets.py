@@ -53,8 +53,8 @@ class HostTarget(ABC):
     def _write_out(self, end: int) -> None:
         """Have the disk work while the next chunks are read, rather than only in the last sync.
 
-        What is not needed any more the system begins to write at once and does not wait for it (so
-        does Linux, mm/fadvise.c). Only advice: what goes wrong with the writing, the sync will tell.
+        What is not needed any more the system begins to write at once, and does not wait until it is
+        done (so does Linux, mm/fadvise.c). Only advice: of what goes wrong the sync will tell.
         """
         with suppress(OSError):
             size = end - self._written_out

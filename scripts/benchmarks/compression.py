@@ -7,8 +7,8 @@ other chunks of the same image, which is the best case for it.
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,7 +65,9 @@ def row(
 
 
 def main() -> None:
-    image = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description="Measure other ways to compress chunks.")
+    parser.add_argument("image", type=Path, help="a raw image; holes are left out")
+    image = parser.parse_args().image
     chunks = read_chunks(image, first=0)
     samples = read_chunks(image, first=STEP // 2)[
         :: max(1, len(chunks) * CHUNK_SIZE // SAMPLE_SIZE_MAX)
