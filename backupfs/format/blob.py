@@ -18,6 +18,7 @@ from typing import Any
 
 import zstandard
 
+from backupfs.format import pieces
 from backupfs.format.ids import IdScheme
 from backupfs.format.tree import NODE_SIZE
 from backupfs.types import BLOB_ID_SIZE, HOLE, BlobId, Buffer
@@ -30,7 +31,12 @@ METHOD_OFFSET = 5
 
 METHOD_RAW = 0
 METHOD_ZSTD = 1
-METHOD_DIFFERENCE = 2  # the base's id, then a zstd frame with the base's bytes as dictionary
+# The base's id, then a zstd frame with all bytes of the base as dictionary; read, not written any more.
+METHOD_WHOLE_DIFFERENCE = 2
+# The base's id, a map of the pieces that changed, and these as a zstd frame, with what the base has
+# there as dictionary: what did not change is neither compressed nor looked through.
+METHOD_DIFFERENCE = 3
+_DIFFERENCES = (METHOD_WHOLE_DIFFERENCE, METHOD_DIFFERENCE)
 
 # A base may itself be a difference, where it was stored again after damage; so many in a row are read.
 DIFFERENCES_MAX = 4
@@ -87,7 +93,7 @@ def unpack_header(data: Buffer) -> BlobHeader:
         raise BadBlobError("header checksum does not match")
     if reserved or level > LEVEL_MAX or method > METHOD_DIFFERENCE:
         raise BadBlobError("header has unknown values")
-    if method == METHOD_DIFFERENCE and (level or stored_size <= BLOB_ID_SIZE):
+    if method in _DIFFERENCES and (level or stored_size <= BLOB_ID_SIZE):
         raise BadBlobError("header of an impossible difference")
     if (
         plain_size > PLAIN_SIZE_MAX
@@ -107,7 +113,7 @@ def unpack_header(data: Buffer) -> BlobHeader:
 def base_of(blob: Buffer) -> BlobId | None:
     """The chunk that a blob with a good header is a difference to; None where it is none."""
     view = memoryview(blob)
-    if len(view) < HEADER.size or view[METHOD_OFFSET] != METHOD_DIFFERENCE:
+    if len(view) < HEADER.size or view[METHOD_OFFSET] not in _DIFFERENCES:
         return None
     base_id = BlobId(bytes(view[HEADER.size : HEADER.size + BLOB_ID_SIZE]))
     return base_id if len(base_id) == BLOB_ID_SIZE and base_id != HOLE else None
@@ -146,14 +152,18 @@ class BlobEncoder:
         ]
 
     def encode_difference(
-        self, plain: Buffer, blob_id: BlobId, base: Buffer, base_id: BlobId
+        self, plain: Buffer, blob_id: BlobId, base: Buffer, base_id: BlobId, changed: bytes
     ) -> bytes | None:
-        """A chunk as its difference to ``base``, of the same size; None where that gains nothing."""
+        """A chunk as its difference to ``base``, of the same size; None where that gains nothing.
+
+        ``changed``: where they differ, by ``pieces.find_changed``.
+        """
+        new, old = pieces.pick(plain, changed), pieces.pick(base, changed)
         compressor = zstandard.ZstdCompressor(
-            compression_params=_difference_parameters(self._level, len(plain)),
-            dict_data=_dictionary(base),
+            compression_params=_difference_parameters(self._level, len(new)),
+            dict_data=_dictionary(old),
         )
-        payload = base_id + compressor.compress(plain)
+        payload = b"".join((base_id, pieces.pack_map(changed), compressor.compress(new)))
         if len(payload) > len(plain):
             return None
         header = BlobHeader(
@@ -189,12 +199,17 @@ class BlobEncoder:
         return b"".join((pack_header(header), payload))
 
 
-@functools.lru_cache(maxsize=8)
 def _difference_parameters(level: int, size: int) -> zstandard.ZstdCompressionParameters:
-    """Those of the level, with a window that reaches over a whole base of ``size`` bytes, and tables
-    with room for it: without, the fast levels find little again of one of 256 KiB and more."""
+    """Those of the level for ``size`` bytes and a dictionary of as many."""
+    return _parameters_up_to(level, (size - 1).bit_length())
+
+
+@functools.lru_cache(maxsize=32)
+def _parameters_up_to(level: int, size_log: int) -> zstandard.ZstdCompressionParameters:
+    """With a window that reaches over a whole dictionary, and tables with room for it: without, the
+    fast levels find little again of one of 256 KiB and more."""
+    size = 1 << size_log
     usual = zstandard.ZstdCompressionParameters.from_level(level, source_size=size, dict_size=size)
-    size_log = size.bit_length() - 1
     return zstandard.ZstdCompressionParameters.from_level(
         level,
         source_size=2 * size,
@@ -229,10 +244,10 @@ def decode(
     if header.method == METHOD_RAW:
         plain = bytes(payload)
     elif header.method == METHOD_ZSTD:
-        plain = _decompress(payload, header, _plain_decompressor())
+        plain = _decompress(payload, header.plain_size, _plain_decompressor())
     else:
         plain = _apply(payload, header, base_of(data), find_base)
-    if len(plain) != header.plain_size:
+    if len(plain) != header.plain_size:  # stored as it is
         raise BadBlobError("payload has another size than its header says")
     if ids.blob_id(plain, level=level) != expected:
         raise BadBlobError("content does not match its id")
@@ -248,15 +263,30 @@ def _apply(
     base = find_base(base_id)
     if len(base) != header.plain_size:
         raise BadBlobError("the chunk that it differs from has another size")
-    decompressor = zstandard.ZstdDecompressor(
-        max_window_size=PLAIN_SIZE_MAX, dict_data=_dictionary(base)
-    )
-    return _decompress(payload[BLOB_ID_SIZE:], header, decompressor)
+    rest = payload[BLOB_ID_SIZE:]
+    if header.method == METHOD_WHOLE_DIFFERENCE:
+        return _decompress(rest, header.plain_size, _decompressor_with(base))
+    try:
+        map_size = pieces.map_size(header.plain_size)
+    except ValueError as error:
+        raise BadBlobError(str(error)) from error
+    changed = pieces.unpack_map(rest[:map_size])
+    old = pieces.pick(base, changed)
+    if not old:
+        raise BadBlobError("nothing differs in it")
+    new = _decompress(rest[map_size:], len(old), _decompressor_with(old))
+    return pieces.put(base, changed, new)
 
 
 def _dictionary(base: Buffer) -> zstandard.ZstdCompressionDict:
     # As raw content: whatever the base begins with, it is never taken for a trained dictionary.
     return zstandard.ZstdCompressionDict(bytes(base), dict_type=zstandard.DICT_TYPE_RAWCONTENT)
+
+
+def _decompressor_with(dictionary: Buffer) -> zstandard.ZstdDecompressor:
+    return zstandard.ZstdDecompressor(
+        max_window_size=PLAIN_SIZE_MAX, dict_data=_dictionary(dictionary)
+    )
 
 
 def _plain_decompressor() -> zstandard.ZstdDecompressor:
@@ -268,14 +298,15 @@ def _plain_decompressor() -> zstandard.ZstdDecompressor:
     return decompressor
 
 
-def _decompress(
-    payload: memoryview, header: BlobHeader, decompressor: zstandard.ZstdDecompressor
-) -> bytes:
+def _decompress(payload: memoryview, size: int, decompressor: zstandard.ZstdDecompressor) -> bytes:
+    """What a frame holds, of exactly ``size`` bytes. Raises: BadBlobError."""
     try:
         # Checked first: the library allocates whatever size the frame claims.
-        if zstandard.get_frame_parameters(payload).content_size != header.plain_size:
+        if zstandard.get_frame_parameters(payload).content_size != size:
             raise BadBlobError("payload claims another size than its header")
-        plain: bytes = decompressor.decompress(payload, max_output_size=header.plain_size)
+        plain: bytes = decompressor.decompress(payload, max_output_size=size)
     except zstandard.ZstdError as error:
         raise BadBlobError("payload cannot be decompressed") from error
+    if len(plain) != size:
+        raise BadBlobError("payload has another size than its header says")
     return plain

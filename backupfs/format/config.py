@@ -26,8 +26,10 @@ COMPRESSION_LEVEL_DEFAULT = 1
 
 # A repository that needs a mandatory feature not named here is refused; optional ones are ignored.
 # "differences": chunks may be stored as differences to others, so who deletes must look for these.
+# "pieces": these hold what changed only; where it is missing, none is written.
 DIFFERENCES = "differences"
-KNOWN_FEATURES = frozenset({DIFFERENCES})
+PIECES = "pieces"
+KNOWN_FEATURES = frozenset({DIFFERENCES, PIECES})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,12 +60,7 @@ class ChunkStore:
         self._zeros = bytes(chunk_size)
         self._avoided = avoided
         self._differences = (
-            Differences(
-                encoder=self._encoder,
-                reader=reader,
-                find_usable=self._find_usable,
-                chunk_size=chunk_size,
-            )
+            Differences(encoder=self._encoder, reader=reader, find_usable=self._find_usable)
             if with_differences
             else None
         )

@@ -11,19 +11,16 @@ were it still on its way, a crash could keep the difference without it.
 
 from __future__ import annotations
 
-import operator
-import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from backupfs.errors import BackupfsError
+from backupfs.format import pieces
 from backupfs.format.blob import BlobEncoder
 from backupfs.repository.blobs import BlobReader
 from backupfs.repository.index import BlobLocation
 from backupfs.types import HOLE, BlobId, Buffer
 
-# A chunk is like another where at least half of its pieces are those at the same places there.
-PIECE_SIZE = 512
 # What a difference must spare, beside half of what its base takes.
 GAIN_SIZE_MIN = 2048
 
@@ -40,6 +37,14 @@ class _Candidate(NamedTuple):
     base_size: int  # bytes that the base takes
 
 
+class _Like(NamedTuple):
+    """A chunk that much of its base is found in again."""
+
+    candidate: _Candidate
+    base: bytes
+    changed: bytes  # where they differ; see ``pieces``
+
+
 class Differences:
     """Makes differences for one repository. Thread-safe."""
 
@@ -49,13 +54,10 @@ class Differences:
         encoder: BlobEncoder,
         reader: BlobReader,
         find_usable: FindUsable,
-        chunk_size: int,
     ) -> None:
         self._encoder = encoder
         self._reader = reader
         self._find_usable = find_usable
-        self._chunk_size = chunk_size
-        self._pieces = struct.Struct(f"{PIECE_SIZE}s" * (chunk_size // PIECE_SIZE))
 
     def encode(
         self, chunks: Sequence[tuple[BlobId, Buffer]], earlier: dict[BlobId, BlobId]
@@ -94,24 +96,21 @@ class Differences:
                 bases[blob_id] = (base_id, location.size)
         return bases
 
-    def _like(self, wanted: Sequence[_Candidate]) -> list[tuple[_Candidate, bytes]]:
-        """Those that are like their bases, and the bytes of these."""
+    def _like(self, wanted: Sequence[_Candidate]) -> list[_Like]:
+        """Those of which at least half is as in their bases."""
         bases = self._reader.chunks([candidate.base_id for candidate in wanted])
-        return [
-            (candidate, base)
-            for candidate, base in zip(wanted, bases, strict=True)
-            if candidate.blob_id != candidate.base_id and self._is_like(candidate.plain, base)
-        ]
+        like = []
+        for candidate, base in zip(wanted, bases, strict=True):
+            if candidate.blob_id != candidate.base_id:
+                changed = pieces.find_changed(candidate.plain, base)
+                if 2 * sum(changed) <= len(changed):
+                    like.append(_Like(candidate, base, changed))
+        return like
 
-    def _encode(self, like: Sequence[tuple[_Candidate, bytes]]) -> dict[BlobId, bytes]:
+    def _encode(self, like: Sequence[_Like]) -> dict[BlobId, bytes]:
         blobs = {}
-        for (blob_id, plain, base_id, base_size), base in like:
-            blob = self._encoder.encode_difference(plain, blob_id, base, base_id)
+        for (blob_id, plain, base_id, base_size), base, changed in like:
+            blob = self._encoder.encode_difference(plain, blob_id, base, base_id, changed)
             if blob is not None and len(blob) <= min(base_size // 2, base_size - GAIN_SIZE_MIN):
                 blobs[blob_id] = blob
         return blobs
-
-    def _is_like(self, chunk: Buffer, base: Buffer) -> bool:
-        pieces, pieces_of_base = self._pieces.unpack(chunk), self._pieces.unpack(base)
-        equal_count: int = sum(map(operator.eq, pieces, pieces_of_base))
-        return 2 * equal_count >= len(pieces)

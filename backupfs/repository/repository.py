@@ -25,6 +25,7 @@ from backupfs.format.config import (
     CONFIG_NAME,
     CONFIG_SIZE_MAX,
     DIFFERENCES,
+    PIECES,
     RepositoryConfig,
     check_options,
     decode_config,
@@ -94,7 +95,7 @@ def init_repository(
         pack_size=pack_size,
         compression_level=compression_level,
         created_at=ambient.now().replace(microsecond=0),
-        mandatory_features=(DIFFERENCES,),
+        mandatory_features=(DIFFERENCES, PIECES),
     )
     # Last: a folder without it is no repository.
     open_storage(location, ambient).put_new(CONFIG_NAME, encode_config(config, IdScheme()))
@@ -136,7 +137,7 @@ class Writer:
             compression_level=config.compression_level,
             avoided=repository.avoided,
             reader=repository.reader,
-            with_differences=DIFFERENCES in config.mandatory_features,
+            with_differences={DIFFERENCES, PIECES} <= set(config.mandatory_features),
         )
         self.workers = Workers(min(os.cpu_count() or 1, WORKERS_MAX))
         self.credit = Credit(CREDIT_SIZE)

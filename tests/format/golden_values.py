@@ -4,7 +4,7 @@ A golden file is what version 1 looks like on disk for ever: it is written once 
 a reader of today must read what a writer of the first day wrote. ``write_missing`` therefore only
 adds files; where a file of that name is there, it is refused.
 
-    python tests/format/golden_values.py NAME…
+    PYTHONPATH=tests python tests/format/golden_values.py NAME…
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from support.differences import as_difference, as_whole_difference
+
 from backupfs.format import blob, pack, tree
-from backupfs.format.config import DIFFERENCES, RepositoryConfig, encode_config
+from backupfs.format.config import DIFFERENCES, PIECES, RepositoryConfig, encode_config
 from backupfs.format.draft_state import DraftState, encode_draft_state
 from backupfs.format.ids import IdScheme
 from backupfs.format.record import Description, Record, encode_record
@@ -50,7 +52,7 @@ PACK_BLOBS: list[tuple[int, BlobId, bytes]] = [
     (2, UPPER_NODE_ID, UPPER_NODE),
 ]
 
-# A pack with a difference: it, then the chunk that it is to.
+# A pack with a difference: it, then the chunk that it is to. By method 2, and one by method 3.
 CHANGED_CHUNK = RAW_CHUNK[:4096] + ZSTD_CHUNK[:4096] + RAW_CHUNK[8192:]
 PACK_ID_2 = PackId(bytes(range(16, 32)))
 PACK_2_BLOBS: list[tuple[BlobId, bytes, BlobId | None]] = [
@@ -69,6 +71,7 @@ CONFIG = RepositoryConfig(
     optional_features=("some-optional-feature",),
 )
 CONFIG_WITH_DIFFERENCES = replace(CONFIG, mandatory_features=(DIFFERENCES,), optional_features=())
+CONFIG_WITH_PIECES = replace(CONFIG_WITH_DIFFERENCES, mandatory_features=(DIFFERENCES, PIECES))
 
 FULL_RECORD = Record(
     backup_id="0b0e4f2c-1111-4222-8333-444455556666",
@@ -170,17 +173,14 @@ def golden_pack() -> bytes:
     return blobs + pack.encode_footer(PACK_ID, entries, blobs_size=len(blobs), ids=IDS)
 
 
-def golden_pack_with_a_difference() -> bytes:
-    """The same of a pack of version 2."""
+def golden_pack_2(difference: bytes) -> bytes:
+    """The same of a pack of version 2, with this blob for the difference."""
     encoder = blob.BlobEncoder(compression_level=1)
     blobs, entries = b"", []
     for blob_id, plain, base in PACK_2_BLOBS:
+        encoded = difference
         if base is None:
             (encoded,) = encoder.encode_many([plain], [blob_id], level=0)
-        else:
-            difference = encoder.encode_difference(plain, blob_id, RAW_CHUNK, base)
-            assert difference is not None
-            encoded = difference
         size = len(encoded)
         entries.append(
             pack.PackEntry(blob_id=blob_id, offset=len(blobs), size=size, level=0, base=base)
@@ -195,11 +195,13 @@ def golden_files() -> dict[str, bytes]:
         "acknowledgement.msgpack": encode_ack(ACKNOWLEDGED),
         "config": encode_config(CONFIG, IDS),
         "config-with-differences": encode_config(CONFIG_WITH_DIFFERENCES, IDS),
+        "config-with-pieces": encode_config(CONFIG_WITH_PIECES, IDS),
         "draft-state.msgpack": encode_draft_state(DRAFT_STATE, IDS),
         "metadata.msgpack": golden_metadata(),
         "node": NODE,
         "pack": golden_pack(),
-        "pack-with-a-difference": golden_pack_with_a_difference(),
+        "pack-with-a-difference": golden_pack_2(as_whole_difference(CHANGED_CHUNK, RAW_CHUNK)),
+        "pack-with-pieces": golden_pack_2(as_difference(CHANGED_CHUNK, RAW_CHUNK)),
         "plan.msgpack": encode_plan(PLAN),
         "record-full.msgpack": encode_record(FULL_RECORD, IDS),
         "record-incremental.msgpack": encode_record(INCREMENTAL_RECORD, IDS),

@@ -14,8 +14,9 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.differences import as_difference, as_whole_difference
 
-from backupfs.format import blob
+from backupfs.format import blob, pieces
 from backupfs.format.blob import HEADER, BadBlobError, BlobEncoder, BlobHeader
 from backupfs.format.ids import IdScheme
 from backupfs.format.tree import NODE_SIZE
@@ -25,6 +26,7 @@ IDS = IdScheme()
 ENCODER = BlobEncoder(compression_level=1)
 RANDOM = bytes((number * number * 31 + 7 * number) % 251 for number in range(700))
 TEXT = b"the same words again and again, " * 40
+BLOCKS = (TEXT * 13)[: 16 << 10]
 NODE = b"".join(IDS.chunk_id(bytes([number])) for number in range(128))
 
 
@@ -308,27 +310,53 @@ def test_a_decompression_bomb_costs_neither_memory_nor_time(payload):
 def test_a_difference_takes_little_whatever_the_size_of_chunks(size, level):
     base = random.Random(1).randbytes(size)
     plain = base[: size - 9000] + random.Random(2).randbytes(4000) + base[size - 5000 :]
-    blob_id, base_id = IDS.chunk_id(plain), IDS.chunk_id(base)
+    blob_id = IDS.chunk_id(plain)
 
-    made = BlobEncoder(compression_level=level).encode_difference(plain, blob_id, base, base_id)
+    made = as_difference(plain, base, compression_level=level)
 
-    assert made is not None and len(made) < 4000 + size // 500 + 200
+    assert len(made) < 4000 + size // 4096 + 200
     decoded = blob.decode(made, expected=blob_id, level=0, ids=IDS, find_base=lambda _: base)
     assert decoded == plain
 
 
+def difference_payload(*changed: int, frame: bytes | None = None, cut: int | None = None) -> bytes:
+    """The payload of a difference to ``BLOCKS`` in those pieces, with or without a frame of ours."""
+    flags = bytes(number in changed for number in range(len(BLOCKS) // 512))
+    if frame is None:
+        frame = zstandard.compress(bytes(512 * len(changed)))
+    return (IDS.chunk_id(BLOCKS) + pieces.pack_map(flags) + frame)[:cut]
+
+
 @pytest.mark.parametrize(
-    ("payload", "level", "reason"),
+    ("payload", "plain", "level", "reason"),
     [
-        (bytes(32) + b"x", 0, "missing"),
-        (b"b" * 32, 0, "impossible"),
-        (b"", 0, "impossible"),
-        (b"b" * 32 + b"x", 1, "impossible"),
+        pytest.param(bytes(32) + b"x", BLOCKS, 0, "missing", id="to the hole"),
+        pytest.param(b"b" * 32, BLOCKS, 0, "impossible", id="with nothing but a base"),
+        pytest.param(b"", BLOCKS, 0, "impossible", id="without a base"),
+        pytest.param(b"b" * 32 + b"x", NODE, 1, "impossible", id="of a node"),
+        pytest.param(b"b" * 32 + b"x", TEXT, 0, "no pieces", id="of an odd size"),
+        pytest.param(difference_payload(), BLOCKS, 0, "nothing differs", id="in no piece"),
+        pytest.param(difference_payload(3, cut=34), BLOCKS, 0, "decompressed", id="half a map"),
+        pytest.param(difference_payload(3, frame=b""), BLOCKS, 0, "decompressed", id="no frame"),
+        pytest.param(difference_payload(3, cut=-4), BLOCKS, 0, "decompressed", id="cut off"),
+        pytest.param(
+            difference_payload(3, 4, frame=zstandard.compress(bytes(512))),
+            BLOCKS,
+            0,
+            "another size",
+            id="with too few pieces",
+        ),
+        pytest.param(
+            difference_payload(3, frame=zstandard.compress(bytes(4 << 20))),
+            BLOCKS,
+            0,
+            "another size",
+            id="with too many pieces",
+        ),
+        pytest.param(difference_payload(3), BLOCKS, 0, "its id", id="of other content"),
     ],
-    ids=["to the hole", "without a frame", "without a base", "of a node"],
 )
-def test_an_impossible_difference_is_refused(payload, level, reason):
-    plain = NODE if level else TEXT
+def test_an_impossible_difference_is_refused(payload, plain, level, reason):
     data = forge(payload, plain, level=level, method=blob.METHOD_DIFFERENCE)
 
     with pytest.raises(BadBlobError, match=reason):
@@ -342,16 +370,35 @@ def test_an_impossible_difference_is_refused(payload, level, reason):
 
 
 def test_a_base_of_another_size_is_refused():
-    other = TEXT + TEXT
-    plain_id, base_id = IDS.chunk_id(TEXT), IDS.chunk_id(other)
-    made = ENCODER.encode_difference(TEXT, plain_id, other, base_id)
-    assert made is not None
+    changed = b"!" + BLOCKS[1:]
+    made = as_difference(changed, BLOCKS)
 
     with pytest.raises(BadBlobError, match="another size"):
-        blob.decode(made, expected=plain_id, level=0, ids=IDS, find_base=lambda _: other)
+        decode_to(made, changed, BLOCKS + BLOCKS)
 
 
 def test_a_difference_that_gains_nothing_is_none():
     base, plain = (random.Random(seed).randbytes(64 << 10) for seed in (1, 2))
+    changed = pieces.find_changed(plain, base)
 
-    assert ENCODER.encode_difference(plain, IDS.chunk_id(plain), base, IDS.chunk_id(base)) is None
+    made = ENCODER.encode_difference(plain, IDS.chunk_id(plain), base, IDS.chunk_id(base), changed)
+
+    assert made is None
+
+
+@pytest.mark.parametrize("make", [as_difference, as_whole_difference])
+def test_differences_of_both_methods_are_read(make):
+    changed = BLOCKS[:5000] + b"something else" + BLOCKS[5014:]
+    made = make(changed, BLOCKS)
+
+    assert blob.base_of(made) == IDS.chunk_id(BLOCKS)
+    assert len(made) < 300
+    assert decode_to(made, changed, BLOCKS) == changed
+    with pytest.raises(BadBlobError):
+        decode_to(made, changed, bytes(len(BLOCKS)))
+
+
+def decode_to(made: bytes, plain: bytes, base: bytes) -> bytes:
+    return blob.decode(
+        made, expected=IDS.chunk_id(plain), level=0, ids=IDS, find_base=lambda _: base
+    )

@@ -30,7 +30,7 @@ def first_column(text: str) -> list[str]:
     ("title", "name"),
     [
         ("A pack, byte by byte", "pack"),
-        ("A difference, byte by byte", "pack-with-a-difference"),
+        ("A difference, byte by byte", "pack-with-pieces"),
     ],
 )
 def test_the_dumps_are_those_of_the_golden_packs(title, name):

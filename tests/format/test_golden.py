@@ -38,11 +38,16 @@ def test_golden_config_decodes_and_encodes_back():
     assert encode_config(golden_values.CONFIG, IDS) == golden("config")
 
 
-def test_golden_config_with_differences_decodes_and_encodes_back():
-    config = golden_values.CONFIG_WITH_DIFFERENCES
-
-    assert decode_config(golden("config-with-differences"), IDS) == config
-    assert encode_config(config, IDS) == golden("config-with-differences")
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("config-with-differences", golden_values.CONFIG_WITH_DIFFERENCES),
+        ("config-with-pieces", golden_values.CONFIG_WITH_PIECES),
+    ],
+)
+def test_golden_configs_with_features_decode_and_encode_back(name, config):
+    assert decode_config(golden(name), IDS) == config
+    assert encode_config(config, IDS) == golden(name)
 
 
 @pytest.mark.parametrize(
@@ -119,8 +124,15 @@ def test_golden_pack_is_written_the_same_today_given_its_payloads():
     assert written == data
 
 
-def test_golden_pack_with_a_difference_holds_it_and_its_base():
-    data = golden("pack-with-a-difference")
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("pack-with-a-difference", blob.METHOD_WHOLE_DIFFERENCE),
+        ("pack-with-pieces", blob.METHOD_DIFFERENCE),
+    ],
+)
+def test_golden_packs_with_a_difference_hold_it_and_its_base(name, method):
+    data = golden(name)
     size = pack.footer_size(data[-pack.TAIL_SIZE :])
     entries = pack.decode_footer(
         golden_values.PACK_ID_2, data[-size:], pack_size=len(data), ids=IDS
@@ -132,6 +144,7 @@ def test_golden_pack_with_a_difference_holds_it_and_its_base():
 
     decoded = [(entry.blob_id, plain(entry.blob_id), entry.base) for entry in entries]
     assert decoded == golden_values.PACK_2_BLOBS
+    assert blob.unpack_header(data).method == method
     assert [blob.base_of(stored[entry.blob_id]) for entry in entries] == [
         entry.base for entry in entries
     ]
