@@ -26,6 +26,8 @@ from backupfs.ambient import Ambient
 from backupfs.errors import BackupfsError, Busy, MountFailed, UnmountFailed
 from backupfs.fuse.mount import Mount, mount_device
 from backupfs.fuse.options import MountOptions, parse_mount_options
+from backupfs.fuse.threads import LONG_READERS
+from backupfs.repository.decoders import decoding
 from backupfs.repository.repository import cache_folder
 from backupfs.service import Policy, Service
 from backupfs.staging.drafts import STATUS_PATH, asked
@@ -205,12 +207,16 @@ def _run(location: str, target: Path, options: MountOptions, on_ready: object) -
         settle_all=options.settle_all,
         publish_on_rename_only=options.publish_on_rename_only,
     )
-    with Service.open(location, ambient=Ambient(), beside_mount=False) as service:
+    ambient = Ambient()
+    with (
+        decoding(location, LONG_READERS, ambient) as decoders,
+        Service.open(location, ambient=ambient, beside_mount=False) as service,
+    ):
         area = None
         if not options.read_only:
             area = service.open_staging(policy, mountpoint=str(target))
         try:
-            Mount(service, area, target, options).run(on_ready)
+            Mount(service, area, target, options, decoders).run(on_ready)
         finally:
             if area is not None:
                 area.close()

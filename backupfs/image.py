@@ -57,6 +57,13 @@ class Image:
         first, count, start, size = self._range(offset, size)
         return (first, start, size) if count == 1 else None
 
+    def whole_chunks(self, offset: int, size: int) -> tuple[int, int, int] | None:
+        """A range, cut to the image, as first chunk, count of chunks and size, where it is made of
+        whole chunks, but for the image's end; else None."""
+        first, count, start, size = self._range(offset, size)
+        ends_whole = not size % self.chunk_size or offset + size == self.size
+        return (first, count, size) if count and not start and ends_whole else None
+
     def chunk_ids(self, first: int, count: int) -> list[BlobId]:
         """Ids of chunks, for reading ahead. Raises: DamageError, StorageError."""
         return leaf_ids(self._reader, self.root, first, count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from functools import partial
 
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
@@ -20,10 +21,11 @@ from backupfs.fuse.handles import (
 from backupfs.fuse.layout import RECORD_SUFFIX, Entry, Kind
 from backupfs.fuse.openers import holds_for_writing, opener_of, was_killed
 from backupfs.fuse.requests import Requests, answered, staged_entry, text_of
+from backupfs.fuse.threads import LONG_READ_SIZE
 from backupfs.service import Image
 from backupfs.staging.lifecycle import is_temporary
 from backupfs.staging.staged_file import StagedFile
-from backupfs.types import IMAGE_SIZE_MAX
+from backupfs.types import IMAGE_SIZE_MAX, Buffer
 
 
 class FileRequests(Requests):
@@ -102,7 +104,9 @@ class FileRequests(Requests):
         return self._opened(writer, direct=True)
 
     @answered
-    async def read(self, fh: int, off: int, size: int) -> bytes:
+    async def read(  # type: ignore[override]  # any buffer will do for pyfuse3
+        self, fh: int, off: int, size: int
+    ) -> Buffer:
         handle = self._handles[fh]
         if isinstance(handle, BackupHandle):
             return await self._read_image(handle.image, off, size)
@@ -111,14 +115,16 @@ class FileRequests(Requests):
         content = handle.content if isinstance(handle, TextReader) else bytes(handle.buffer)
         return content[off : off + size]
 
-    async def _read_image(self, image: Image, offset: int, size: int) -> bytes:
+    async def _read_image(self, image: Image, offset: int, size: int) -> Buffer:
         piece = image.piece_of_chunk(offset, size)
         if piece is not None and not self._writers_open:
             return await self._read_piece(image, *piece)
         data = image.read_cached(offset, size)
-        if data is None:
-            data = await self.threads.read(image.read, offset, size)
-        return data
+        if data is not None:
+            return data
+        if size >= LONG_READ_SIZE:
+            return await self.threads.read(partial(self.long_reader.read, image), offset, size)
+        return await self.threads.read(image.read, offset, size)
 
     async def _read_piece(self, image: Image, chunk_index: int, start: int, size: int) -> bytes:
         """``size`` bytes from place ``start`` of a chunk."""

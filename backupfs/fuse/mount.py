@@ -17,12 +17,14 @@ from backupfs.errors import BackupfsError, MountFailed
 from backupfs.fuse.attributes import Attributes
 from backupfs.fuse.inodes import Inodes
 from backupfs.fuse.layout import Layout
+from backupfs.fuse.long_reader import LongReader
 from backupfs.fuse.next_request import NextRequest
 from backupfs.fuse.operations import Operations
 from backupfs.fuse.options import MountOptions
 from backupfs.fuse.quick_reader import QuickReader
 from backupfs.fuse.texts import Texts
 from backupfs.fuse.threads import Threads
+from backupfs.repository.decoders import Decoders
 from backupfs.service import Service, StagingArea
 
 log = logging.getLogger(__name__)
@@ -41,13 +43,19 @@ class Mount:
     """A mounted repository. ``area`` is None for a read-only mount."""
 
     def __init__(
-        self, service: Service, area: StagingArea | None, mountpoint: Path, options: MountOptions
+        self,
+        service: Service,
+        area: StagingArea | None,
+        mountpoint: Path,
+        options: MountOptions,
+        decoders: Decoders,
     ) -> None:
         ambient = service.repository.ambient
         mounted_at = ambient.now()
         self._service = service
         self._mountpoint = mountpoint
         self._options = options
+        self._decoders = decoders
         layout = Layout(service.catalogue, area)
         inodes = Inodes(layout)
         texts = Texts(
@@ -102,6 +110,7 @@ class Mount:
         self._operations.quick_reader = QuickReader(
             self._service.repository.quick_reads, threads, next_request, monotonic
         )
+        self._operations.long_reader = LongReader(self._service.repository.reader, self._decoders)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_signals)

@@ -31,6 +31,7 @@ from backupfs.fuse.handles import (
 )
 from backupfs.fuse.inodes import Inodes
 from backupfs.fuse.layout import RECORD_SUFFIX, Entry, Kind, Layout
+from backupfs.fuse.long_reader import LongReader
 from backupfs.fuse.openers import holds_for_writing, opener_of
 from backupfs.fuse.quick_reader import QuickReader
 from backupfs.fuse.texts import Texts
@@ -109,6 +110,7 @@ class Requests(pyfuse3.Operations):
         # Set inside the event loop, before the first request.
         self.threads: Threads
         self.quick_reader: QuickReader
+        self.long_reader: LongReader
 
     def _entry(self, inode: int) -> Entry:
         entry = self._inodes.entry(inode)

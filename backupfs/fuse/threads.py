@@ -2,9 +2,10 @@
 
 Reads go over a plain queue to a few threads of their own, so that no flush or publish can keep them
 waiting, at a fifth of the cost of ``trio.to_thread``. Long reads, those of a program that reads on and
-on, have a queue and threads apart: small ones need not wait for them, and they are no more than the
-processors, as their work is to decompress and prove, and more threads would but contend for the
-interpreter's lock. What may take long goes to ``trio.to_thread`` with a limit of its own.
+on, have a queue and threads apart: small ones need not wait for them. Each waits for a decoding process,
+or where that does not give a chunk decompresses and proves it: so there are no more than
+processors, as more threads would but contend for the interpreter's lock. What may take long goes to
+``trio.to_thread`` with a limit of its own.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -26,7 +26,7 @@ from backupfs.format.pack import PackEntry, pack_name
 from backupfs.format.tree import HOLE_NODE
 from backupfs.repository.avoided import Avoided
 from backupfs.repository.byte_cache import ByteCache
-from backupfs.repository.index import BlobLocation, Index
+from backupfs.repository.index import BlobLocation
 from backupfs.repository.packer import Packer
 from backupfs.storage.base import Storage
 from backupfs.types import HOLE, BlobId, PackId
@@ -47,6 +47,16 @@ class Refresh(Protocol):
     def __call__(self, *, is_known: bool) -> None: ...
 
 
+class Places(Protocol):
+    """Where blobs lie, as far as a reader asks; see ``Index``."""
+
+    def find(self, blob_id: BlobId) -> BlobLocation | None: ...
+    def find_many(self, blob_ids: Sequence[BlobId]) -> list[BlobLocation | None]: ...
+    def is_damaged(self, blob_id: BlobId) -> bool: ...
+    def mark_damaged(self, blob_ids: Iterable[BlobId]) -> None: ...
+    def damaged(self) -> frozenset[BlobId]: ...
+
+
 class BlobReader:
     """Proven plain bytes by blob id. Thread-safe."""
 
@@ -55,7 +65,7 @@ class BlobReader:
         *,
         storage: Storage,
         ids: IdScheme,
-        index: Index,
+        index: Places,
         chunk_size: int,
         avoided: Avoided,
         refresh: Refresh,
@@ -126,6 +136,25 @@ class BlobReader:
             for blob_id, data in zip(blob_ids, found, strict=True)
         ]
 
+    def each_chunk(self, blob_ids: Iterable[BlobId]) -> Iterator[tuple[BlobId, bytes]]:
+        """Each chunk once, in no order and past the cache; no holes.
+
+        Raises: as ``chunks``.
+        """
+        yield from self._fetch_each(list(set(blob_ids) - {HOLE}), 0, DIFFERENCES_MAX)
+
+    def locate(self, blob_ids: Iterable[BlobId]) -> dict[BlobId, BlobLocation] | None:
+        """Where these chunks lie, and what they differ from; None where one is in no known pack."""
+        places: dict[BlobId, BlobLocation] = {}
+        wanted = set(blob_ids) - {HOLE}
+        while wanted:
+            for blob_id, place in zip(wanted, self._index.find_many(list(wanted)), strict=True):
+                if place is None:
+                    return None
+                places[blob_id] = place
+            wanted = {place.base for place in places.values() if place.base} - places.keys()
+        return places
+
     def cached_chunk(self, blob_id: BlobId) -> bytes | None:
         """A chunk if it is in memory; never waits."""
         return self.zeros if blob_id == HOLE else self._chunks.get(blob_id)
@@ -187,7 +216,13 @@ class BlobReader:
         self, blob_ids: list[BlobId], level: int, differences_max: int = DIFFERENCES_MAX
     ) -> list[bytes]:
         """Plain bytes of each blob, proven, in order."""
-        results: dict[BlobId, bytes] = {}
+        results = dict(self._fetch_each(blob_ids, level, differences_max))
+        return [results[blob_id] for blob_id in blob_ids]
+
+    def _fetch_each(
+        self, blob_ids: list[BlobId], level: int, differences_max: int
+    ) -> Iterator[tuple[BlobId, bytes]]:
+        """The same one after the other, in the order in which they lie."""
         located: list[tuple[BlobLocation, BlobId]] = []
         locations = self._index.find_many(blob_ids)
         find_base = self._fetch_bases(locations, differences_max)
@@ -195,14 +230,13 @@ class BlobReader:
             # Pending first: the index may still name an older, damaged copy.
             data = self._packer.read_pending(blob_id) if self._packer else None
             if data is not None:
-                results[blob_id] = self._prove(data, blob_id, level, None, find_base)
+                yield blob_id, self._prove(data, blob_id, level, None, find_base)
             elif location is not None:
                 located.append((location, blob_id))
             else:
-                results[blob_id] = self._fetch_again(blob_id, level, None, None, find_base)
+                yield blob_id, self._fetch_again(blob_id, level, None, None, find_base)
         for run in _runs(located):
-            self._fetch_run(run, level, results, find_base)
-        return [results[blob_id] for blob_id in blob_ids]
+            yield from self._fetch_run(run, level, find_base)
 
     def _fetch_bases(
         self, locations: Sequence[BlobLocation | None], differences_max: int
@@ -218,12 +252,8 @@ class BlobReader:
         return partial(self._base, differences_max=differences_max)
 
     def _fetch_run(
-        self,
-        run: list[tuple[BlobLocation, BlobId]],
-        level: int,
-        results: dict[BlobId, bytes],
-        find_base: FindBase,
-    ) -> None:
+        self, run: list[tuple[BlobLocation, BlobId]], level: int, find_base: FindBase
+    ) -> Iterator[tuple[BlobId, bytes]]:
         first, last = run[0][0], run[-1][0]
         size = last.offset + last.size - first.offset
         try:
@@ -234,9 +264,10 @@ class BlobReader:
             start = location.offset - first.offset
             piece = data[start : start + location.size]
             try:
-                results[blob_id] = self._prove(piece, blob_id, level, location, find_base)
+                plain = self._prove(piece, blob_id, level, location, find_base)
             except CorruptBlob as damage:
-                results[blob_id] = self._fetch_again(blob_id, level, location, damage, find_base)
+                plain = self._fetch_again(blob_id, level, location, damage, find_base)
+            yield blob_id, plain
 
     def _fetch_again(
         self,

@@ -86,6 +86,17 @@ def resident_peak(process_id: int) -> int:
     raise MeasurementFailed(f"process {process_id} is gone")
 
 
+def children_own(process_id: int) -> int:
+    """Bytes that the processes of a living process have in memory now, beside what they share."""
+    folder = Path(f"/proc/{process_id}/task/{process_id}")
+    lines = [
+        line
+        for child in (folder / "children").read_text().split()
+        for line in Path(f"/proc/{child}/smaps_rollup").read_text().splitlines()
+    ]
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
+
+
 def resident_now(process_id: int) -> tuple[int, int]:
     """Bytes that a process has in memory: its own, and of mapped files. Zero where it is gone."""
     try:

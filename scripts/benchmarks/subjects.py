@@ -158,7 +158,9 @@ class BackupfsMount(BackupfsCommand):
 
     def note_peak(self) -> None:
         if self.daemon is not None and self.daemon.poll() is None:
-            self.peak_size = max(self.peak_size, measure.resident_peak(self.daemon.pid))
+            process_id = self.daemon.pid
+            size = measure.resident_peak(process_id) + measure.children_own(process_id)
+            self.peak_size = max(self.peak_size, size)
 
     def full(self) -> Cost:
         cost = measure.run("cp", "--sparse=auto", self.source, self.head)
