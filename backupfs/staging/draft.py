@@ -264,11 +264,7 @@ class Draft:
         with self._lock:
             batch = self._pending.current(batch)
         stored = self._store.store_chunks(
-            [
-                chunk.data if chunk.extents is None else self._completed(chunk_index, chunk)
-                for chunk_index, chunk in batch
-            ],
-            find_earlier=partial(self._earlier, batch),
+            self._completed(batch), find_earlier=partial(self._earlier, batch)
         )
         ids = dict(zip((chunk_index for chunk_index, _chunk in batch), stored.ids, strict=True))
         with self._tree_lock:
@@ -289,13 +285,21 @@ class Draft:
             self._alike = EMPTY
             return [HOLE] * len(numbers)
 
-    def _completed(self, chunk_index: int, chunk: PendingChunk) -> bytearray:
-        """A chunk written in part, the rest taken from what lay there before."""
+    def _completed(self, batch: Batch) -> list[Buffer]:
+        """The whole chunks; of those written in part, the rest is what lay there before."""
+        partial_indexes = [index for index, chunk in batch if chunk.extents is not None]
         with self._tree_lock:
-            blob_id = self._tree.ids(chunk_index, 1)[0]
-        whole = bytearray(self._reader.chunks([blob_id])[0])
-        chunk.overlay(whole)
-        return whole
+            ids = [self._tree.ids(index, 1)[0] for index in partial_indexes]
+        before = dict(zip(partial_indexes, self._reader.chunks(ids), strict=True))
+        completed: list[Buffer] = []
+        for chunk_index, chunk in batch:
+            if chunk.extents is None:
+                completed.append(chunk.data)
+            else:
+                whole = bytearray(before[chunk_index])
+                chunk.overlay(whole)
+                completed.append(whole)
+        return completed
 
     def _fail(self, error: BackupfsError) -> None:
         with self._lock:
