@@ -3,9 +3,9 @@
 Reads go over a plain queue to a few threads of their own, so that no flush or publish can keep them
 waiting, at a fifth of the cost of ``trio.to_thread``. Long reads, those of a program that reads on and
 on, have a queue and threads apart: small ones need not wait for them. Each waits for a decoding process,
-or where that does not give a chunk decompresses and proves it: so there are no more than
-processors, as more threads would but contend for the interpreter's lock. What may take long goes to
-``trio.to_thread`` with a limit of its own.
+or where that does not give a chunk decompresses and proves it. There is one more than there are
+processors, which so have work while an answer is on its way; still more would contend for them.
+What may take long goes to ``trio.to_thread`` with a limit of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from backupfs.repository.workers import Credit, Workers
 Result = TypeVar("Result")
 
 READERS = 4
-LONG_READERS = min(READERS, max(2, os.cpu_count() or 1))
+LONG_READERS = min(READERS, os.cpu_count() or 1) + 1
 LONG_READ_SIZE = 256 << 10
 SLOW_CALLS_MAX = 64
 

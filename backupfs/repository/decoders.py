@@ -24,6 +24,7 @@ from backupfs.ambient import Ambient
 from backupfs.repository import decoder_process
 from backupfs.repository.blobs import BlobReader
 from backupfs.repository.decoder_process import DONE, JOB_SIZE_MAX, Job, pack_job
+from backupfs.repository.index import BlobLocation
 from backupfs.types import BlobId
 
 log = logging.getLogger(__name__)
@@ -45,31 +46,28 @@ class _Decoder:
             self._free.put(number * ANSWER_SIZE_MAX)
         self._given: dict[int, weakref.ref[memoryview]] = {}
 
-    def read(self, blob_ids: Sequence[BlobId], size: int, reader: BlobReader) -> memoryview | None:
-        """See ``Decoders.read``. Raises: OSError, EOFError (the process is gone)."""
-        chunk_size = len(reader.zeros)
-        if len(blob_ids) * chunk_size > ANSWER_SIZE_MAX:
-            return None
-        places = reader.locate(blob_ids)
-        if places is None:
-            return None
+    def read(
+        self,
+        blob_ids: Sequence[BlobId],
+        places: dict[BlobId, BlobLocation],
+        *,
+        size: int,
+        chunk_size: int,
+    ) -> memoryview | None:
+        """See ``Decoders.read``. After any error it may not be asked again, as it would still answer
+        what it was asked for then. Raises: OSError, EOFError (the process is gone)."""
         try:
             start = self._free.get_nowait()
         except queue.Empty:
             return None
-        is_given = False
-        try:
-            job = pack_job(Job(start, chunk_size, blob_ids, places))
-            if len(job) > JOB_SIZE_MAX or not self._has_done(job):
-                return None
-            answer = self._memory[start : start + size]
-            # Its place is free again when nobody has it any more, pyfuse3 last.
-            self._given[start] = weakref.ref(answer, lambda _: self._free.put(start))
-            is_given = True
-            return answer
-        finally:
-            if not is_given:
-                self._free.put(start)
+        job = pack_job(Job(start, chunk_size, blob_ids, places))
+        if len(job) > JOB_SIZE_MAX or not self._has_done(job):
+            self._free.put(start)
+            return None
+        answer = self._memory[start : start + size]
+        # Its place is free again when nobody has it any more, pyfuse3 last.
+        self._given[start] = weakref.ref(answer, lambda _: self._free.put(start))
+        return answer
 
     def _has_done(self, job: bytes) -> bool:
         self._jobs.send(job)
@@ -101,18 +99,21 @@ class Decoders:
         The memory is used again when nobody has the view any more. A slice of it does not count:
         copy what is to be kept. Raises: StorageError.
         """
+        chunk_size = len(reader.zeros)
+        if len(blob_ids) * chunk_size > ANSWER_SIZE_MAX:
+            return None
+        places = reader.locate(blob_ids)
+        if places is None:
+            return None
         try:
             decoder = self._idle.get_nowait()
         except queue.Empty:
             return None
         try:
-            answer = decoder.read(blob_ids, size, reader)
+            answer = decoder.read(blob_ids, places, size=size, chunk_size=chunk_size)
         except (OSError, EOFError) as error:
             log.warning("decoding process %d is gone: %s", decoder.process_id, error or "it died")
             return None
-        except BaseException:
-            self._idle.put(decoder)
-            raise
         self._idle.put(decoder)
         return answer
 

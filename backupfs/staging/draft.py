@@ -23,7 +23,7 @@ from backupfs.repository.blobs import BlobReader
 from backupfs.repository.chunks import ChunkStore
 from backupfs.repository.images import EMPTY, Root, TreeEditor, leaf_ids
 from backupfs.repository.workers import Credit, OpenShare, Workers
-from backupfs.staging.pending import Batch, PendingChunk, PendingChunks
+from backupfs.staging.pending import Batch, PendingChunks
 from backupfs.types import HOLE, IMAGE_SIZE_MAX, BlobId, Buffer
 
 

@@ -20,6 +20,7 @@ from support.processes import in_a_child
 
 from backupfs.ambient import Ambient
 from backupfs.format.pack import pack_name
+from backupfs.repository import decoders as decoders_module
 from backupfs.repository.blobs import BlobReader
 from backupfs.repository.decoder_process import Job, pack_job, unpack_job
 from backupfs.repository.decoders import ANSWER_SIZE_MAX, ANSWERS_MAX, Decoders, decoding
@@ -239,6 +240,24 @@ def test_one_that_is_gone_is_not_asked_again(setup):
 
     assert answers.count(None) == 1
     assert set(answers) == {None, IMAGE}
+
+
+def test_one_whose_answer_was_not_waited_for_is_not_asked_again(setup, monkeypatch):
+    """It would answer what it was asked for then, and its memory pass for something else."""
+    has_done = decoders_module._Decoder._has_done
+
+    def sent_only(decoder: decoders_module._Decoder, job: bytes) -> bool:
+        monkeypatch.setattr(decoders_module._Decoder, "_has_done", has_done)
+        decoder._jobs.send(job)
+        raise MemoryError
+
+    monkeypatch.setattr(decoders_module._Decoder, "_has_done", sent_only)
+    with pytest.raises(MemoryError):
+        setup.read(setup.ids)
+
+    for number in range(4 * COUNT):
+        wanted = IMAGE[number * CHUNK_SIZE : (number + 1) * CHUNK_SIZE]
+        assert setup.read(setup.ids[number : number + 1]) == wanted
 
 
 def test_without_any_everything_is_declined(setup):
