@@ -144,16 +144,17 @@ class BlobReader:
         yield from self._fetch_each(list(set(blob_ids) - {HOLE}), 0, DIFFERENCES_MAX)
 
     def locate(self, blob_ids: Iterable[BlobId]) -> dict[BlobId, BlobLocation] | None:
-        """Where these chunks lie, and what they differ from; None where one is in no known pack."""
+        """Where these chunks lie, and what they differ from; None where one is in no known pack, or
+        where more differences follow each other than are read."""
         places: dict[BlobId, BlobLocation] = {}
         wanted = set(blob_ids) - {HOLE}
-        while wanted:
+        for _ in range(DIFFERENCES_MAX + 1):
             for blob_id, place in zip(wanted, self._index.find_many(list(wanted)), strict=True):
                 if place is None:
                     return None
                 places[blob_id] = place
             wanted = {place.base for place in places.values() if place.base} - places.keys()
-        return places
+        return None if wanted else places
 
     def cached_chunk(self, blob_id: BlobId) -> bytes | None:
         """A chunk if it is in memory; never waits."""

@@ -19,11 +19,18 @@ from support.images import CHUNK_SIZE, back_up, noise
 from support.processes import in_a_child
 
 from backupfs.ambient import Ambient
+from backupfs.format.blob import DIFFERENCES_MAX
 from backupfs.format.pack import pack_name
 from backupfs.repository import decoders as decoders_module
 from backupfs.repository.blobs import BlobReader
 from backupfs.repository.decoder_process import Job, pack_job, unpack_job
-from backupfs.repository.decoders import ANSWER_SIZE_MAX, ANSWERS_MAX, Decoders, decoding
+from backupfs.repository.decoders import (
+    ANSWER_SIZE_MAX,
+    ANSWERS_MAX,
+    END_SECONDS_MAX,
+    Decoders,
+    decoding,
+)
 from backupfs.repository.images import Root, leaf_ids
 from backupfs.repository.index import BlobLocation
 from backupfs.service import Record, Service
@@ -188,6 +195,21 @@ def test_a_pack_that_is_gone_is_declined_and_none_is_kept_open(setup):
     assert setup.read(setup.ids[:1]) is None
 
 
+def test_no_more_differences_in_a_row_are_looked_up_than_are_read(setup, monkeypatch):
+    """As a forged repository may have them, one for each of a million chunks."""
+    asked = []
+
+    def find_many(ids: list[BlobId]) -> list[BlobLocation]:
+        asked.extend(ids)
+        base = BlobId(bytes([len(asked)]) * 32)
+        return [BlobLocation(pack_id=PackId(b"p" * 16), offset=0, size=9, base=base)]
+
+    monkeypatch.setattr(setup.service.repository.index, "find_many", find_many)
+
+    assert setup.read([BlobId(b"x" * 32)]) is None
+    assert len(asked) == DIFFERENCES_MAX + 1
+
+
 blob_ids = st.binary(min_size=32, max_size=32).map(BlobId)
 locations = st.builds(
     BlobLocation,
@@ -221,6 +243,21 @@ def test_there_are_as_many_as_wanted_and_they_end_with_the_block(location):
         assert len(made) == 3
 
     assert children() == before
+
+
+def test_one_that_does_not_answer_is_left_behind(location):
+    before = children()
+    with decoding(location, COUNT, Ambient()):
+        stuck, *_others = sorted(children() - before)
+        os.kill(stuck, signal.SIGSTOP)
+        began = time.monotonic()
+    seconds = time.monotonic() - began
+    try:
+        assert children() - before == {stuck}
+        assert seconds < 10 * END_SECONDS_MAX
+    finally:
+        kill(stuck)
+        os.waitpid(stuck, 0)
 
 
 def test_they_have_nothing_open_but_their_socket(setup):
