@@ -47,7 +47,7 @@ class Refresh(Protocol):
     def __call__(self, *, is_known: bool) -> None: ...
 
 
-class Places(Protocol):
+class Locator(Protocol):
     """Where blobs lie, as far as a reader asks; see ``Index``."""
 
     def find(self, blob_id: BlobId) -> BlobLocation | None: ...
@@ -65,7 +65,7 @@ class BlobReader:
         *,
         storage: Storage,
         ids: IdScheme,
-        index: Places,
+        index: Locator,
         chunk_size: int,
         avoided: Avoided,
         refresh: Refresh,
