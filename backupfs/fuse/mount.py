@@ -18,7 +18,7 @@ from backupfs.fuse.attributes import Attributes
 from backupfs.fuse.inodes import Inodes
 from backupfs.fuse.layout import Layout
 from backupfs.fuse.long_reader import LongReader
-from backupfs.fuse.next_request import NextRequest
+from backupfs.fuse.next_request import IDLE_TASKS_MAX, NextRequest
 from backupfs.fuse.operations import Operations
 from backupfs.fuse.options import MountOptions
 from backupfs.fuse.quick_reader import QuickReader
@@ -117,7 +117,7 @@ class Mount:
                 nursery.start_soon(_repeat, self._refresh, REFRESH_SECONDS)
                 nursery.start_soon(_repeat, self._operations.publish_settled, TICK_SECONDS)
                 nursery.start_soon(self._announce, on_ready)
-                await pyfuse3.main()
+                await pyfuse3.main(min_tasks=IDLE_TASKS_MAX)
                 nursery.cancel_scope.cancel()
         finally:
             threads.close()

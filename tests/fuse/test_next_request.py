@@ -9,7 +9,13 @@ import pytest
 import trio
 from trio.testing import assert_checkpoints, assert_no_checkpoints
 
-from backupfs.fuse.next_request import PASS_SECONDS, WATCH_SECONDS, WORTH_MAX, NextRequest
+from backupfs.fuse.next_request import (
+    PASS_SECONDS,
+    WATCH_SECONDS,
+    WORTH_MAX,
+    LastFirstLock,
+    NextRequest,
+)
 
 
 class Clock:
@@ -126,3 +132,34 @@ def test_watching_ends_soon_and_is_given_up_where_nothing_comes(clock, ends):
 
     assert all(10 <= count <= 15 for count in looks[:WORTH_MAX]), looks
     assert looks[-3:] == [1, 1, 1], "not worth it: none watches any more"
+
+
+def test_who_came_last_has_the_lock_next_and_who_gave_up_never():
+    lock = LastFirstLock()
+    had: list[str] = []
+
+    async def take(name: str) -> None:
+        async with lock:
+            had.append(name)
+            await trio.lowlevel.checkpoint()
+            assert had[-1] == name, "nobody else has it meanwhile"
+
+    async def give_up(scope: trio.CancelScope) -> None:
+        with scope:
+            await take("gave up")
+
+    async def main() -> None:
+        scope = trio.CancelScope()
+        async with trio.open_nursery() as nursery, lock:
+            for start in (take, "first"), (take, "last"), (give_up, scope):
+                nursery.start_soon(*start)
+                await trio.testing.wait_all_tasks_blocked()
+            scope.cancel()
+            await trio.testing.wait_all_tasks_blocked()
+        with assert_no_checkpoints():
+            async with lock:
+                had.append("free")
+
+    trio.run(main)
+
+    assert had == ["last", "first", "free"]
