@@ -54,8 +54,10 @@ class Command:
         return self._output.with_suffix(".out").read_text()
 
     def err(self) -> str:
-        """What it wrote to stderr."""
-        return self._output.with_suffix(".err").read_text()
+        """What it wrote to stderr; nothing where it was killed before it had one."""
+        with contextlib.suppress(FileNotFoundError):
+            return self._output.with_suffix(".err").read_text()
+        return ""
 
 
 class CommandServer:
