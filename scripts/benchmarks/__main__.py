@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks import growth, measure, plot, report
-from benchmarks.bench import Bench, keep_figures, known_figures
+from benchmarks.bench import READINGS, Bench, keep_figures, known_figures
 from benchmarks.peers import SUBJECTS
 from benchmarks.workload import EXTREMES, GENERATIONS, data_ranges, make_workload
 
@@ -96,8 +96,8 @@ def describe(bench: Bench, versions: list[str], *, cold: bool) -> str:
     lines += [f"- {line}" for line in report.machine(bench.work)]
     lines += [
         f"- {', '.join(versions)}",
-        f"- medians of {bench.runs_made()}; first the ratio to the first row; everything durable; "
-        "sources in the page cache, repositories not"
+        f"- medians of {bench.runs_made()}, of reads of a mount {READINGS} times as many; "
+        "first the ratio to the first row; everything durable; sources in the page cache, repositories not"
         + ("" if cold else " (caches kept: not root)"),
         f"- peaks below {measure.resident_peak(os.getpid()) / report.MIB:.0f} MiB cannot be told",
         "",

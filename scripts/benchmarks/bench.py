@@ -19,6 +19,8 @@ from benchmarks.reading import choose_offsets, read_randomly, read_through
 from benchmarks.subjects import BackupfsCommand, Subject
 from benchmarks.workload import Workload
 
+READINGS = 3  # of a mount in each run: what is read cold varies more than anything else
+
 
 def known_figures(path: Path | None) -> dict[str, Any]:
     """All that the file has: of subjects by name, and of "growth"."""
@@ -131,16 +133,17 @@ class Bench:
 
     def measure_reads(self, name: str, subject: Subject) -> None:
         size = self.source.stat().st_size
-        with subject.mounted() as (image, ready):
-            self.note(name, "ready seconds", ready)
-            self.note(name, "cold rate", size / read_through(image))
-            self.note(name, "second rate", size / read_through(image))
-        for jobs, offsets in self.offsets.items():
-            with subject.mounted() as (image, _):
-                for kind in ("cold", "warm") if jobs == 1 else ("cold",):
-                    reads = read_randomly(image, offsets, self.work / "run")
-                    self.note(name, f"random {kind} {jobs}", reads.per_second)
-                    self.note(name, f"random {kind} {jobs} median", reads.median_seconds)
+        for _ in range(READINGS):
+            with subject.mounted() as (image, ready):
+                self.note(name, "ready seconds", ready)
+                self.note(name, "cold rate", size / read_through(image))
+                self.note(name, "second rate", size / read_through(image))
+            for jobs, offsets in self.offsets.items():
+                with subject.mounted() as (image, _):
+                    for kind in ("cold", "warm") if jobs == 1 else ("cold",):
+                        reads = read_randomly(image, offsets, self.work / "run")
+                        self.note(name, f"random {kind} {jobs}", reads.per_second)
+                        self.note(name, f"random {kind} {jobs} median", reads.median_seconds)
 
     def finish(self, name: str, subject: Subject) -> None:
         cost = subject.finish()
