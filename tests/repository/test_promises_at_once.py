@@ -60,7 +60,15 @@ class Log:
 
     def states(self) -> dict[str, str]:
         """The last word about each backup."""
-        return {line.split()[1]: line.split()[0] for line in self._path.read_text().splitlines()}
+        return {backup_id: words[-1] for backup_id, words in self.words().items()}
+
+    def words(self) -> dict[str, list[str]]:
+        """All words about each backup, in order."""
+        words: dict[str, list[str]] = {}
+        for line in self._path.read_text().splitlines():
+            word, backup_id = line.split()[:2]
+            words.setdefault(backup_id, []).append(word)
+        return words
 
     def seeds(self) -> dict[str, int]:
         lines = [line.split() for line in self._path.read_text().splitlines()]
@@ -105,14 +113,15 @@ def collect(service: Service, _log: Log, _choice: random.Random) -> None:
 
 def look(service: Service, log: Log, choice: random.Random) -> None:
     """What is promised now, and is not being deleted, is there and has its bytes."""
-    states, seeds = log.states(), log.seeds()
-    good = [backup_id for backup_id, word in states.items() if word == "good"]
+    words, seeds = log.words(), log.seeds()
+    good = [backup_id for backup_id in words if words[backup_id][-1] == "good"]
     service.refresh()
     for backup_id in choice.sample(good, min(3, len(good))):
         try:
             found = restored(service, service.resolve(backup_id))
         except (BackupNotFound, DamageError):
-            assert log.states()[backup_id] != "good", f"{backup_id} was promised"
+            # Not: whether it is promised now. It may have been deleted and taken in again meanwhile.
+            assert log.words()[backup_id] != words[backup_id], f"{backup_id} was promised"
         else:
             assert found == image_of(seeds[backup_id])
 
