@@ -8,7 +8,7 @@ blob known to be damaged (storing it again heals it).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 
 from backupfs.errors import BackupfsError, StorageUnavailable
@@ -111,13 +111,15 @@ class ChunkStore:
         wanted = {
             blob_id: plain for blob_id, plain in zip(ids, plains, strict=True) if blob_id != HOLE
         }
-        located = self._find_usable(wanted)
+        listed = self._listed(wanted)
+        located = self._usable(listed)
         missing = self._packer.claim([blob_id for blob_id in wanted if blob_id not in located])
         if not missing:
             return StoredBatch(ids=ids, added_size=0)
         new = [(blob_id, plain) for blob_id, plain in wanted.items() if blob_id in missing]
         try:
-            blobs = self._encode(new, ids, level, find_earlier)
+            known = listed.keys() | self._avoided.blobs
+            blobs = self._encode(new, ids, level, known, find_earlier)
         except BaseException as error:  # claimed blobs that never come must not be relied on
             reason = (
                 error
@@ -131,18 +133,25 @@ class ChunkStore:
 
     def _find_usable(self, blob_ids: Iterable[BlobId]) -> dict[BlobId, BlobLocation]:
         """Where those blobs lie that may be relied on: with them, if they are differences, their bases."""
-        return self._usable(list(blob_ids), DIFFERENCES_MAX)
+        return self._usable(self._listed(blob_ids))
 
-    def _usable(self, blob_ids: list[BlobId], differences_max: int) -> dict[BlobId, BlobLocation]:
+    def _listed(self, blob_ids: Iterable[BlobId]) -> dict[BlobId, BlobLocation]:
+        blob_ids = list(blob_ids)
+        places = zip(blob_ids, self._index.find_usable(blob_ids), strict=True)
+        return {blob_id: location for blob_id, location in places if location is not None}
+
+    def _usable(
+        self, listed: dict[BlobId, BlobLocation], differences_max: int = DIFFERENCES_MAX
+    ) -> dict[BlobId, BlobLocation]:
         found = {
             blob_id: location
-            for blob_id, location in zip(blob_ids, self._index.find_usable(blob_ids), strict=True)
-            if location is not None and self._avoided.allows(blob_id, location)
+            for blob_id, location in listed.items()
+            if self._avoided.allows(blob_id, location)
         }
         bases = {location.base for location in found.values() if location.base is not None}
         if not bases:
             return found
-        usable = self._usable(list(bases), differences_max - 1) if differences_max else {}
+        usable = self._usable(self._listed(bases), differences_max - 1) if differences_max else {}
         return {
             blob_id: location
             for blob_id, location in found.items()
@@ -154,13 +163,14 @@ class ChunkStore:
         new: list[tuple[BlobId, Buffer]],
         ids: list[BlobId],
         level: int,
+        known: Set[BlobId],
         find_earlier: FindEarlier | None,
     ) -> list[NewBlob]:
         blobs: dict[BlobId, bytes] = {}
         if self._differences is not None and find_earlier is not None:
-            # What is stored again because it is damaged is stored whole: others may differ from it.
-            damaged = self._avoided.blobs
-            fresh = [(blob_id, plain) for blob_id, plain in new if blob_id not in damaged]
+            # What is known, and stored again as it is damaged, or its pack or its base condemned, is
+            # stored whole: others may differ from it, and of two differences either may lose its base.
+            fresh = [(blob_id, plain) for blob_id, plain in new if blob_id not in known]
             if fresh:
                 earlier = find_earlier([ids.index(blob_id) for blob_id, _ in fresh])
                 by_id = dict(zip((blob_id for blob_id, _ in fresh), earlier, strict=True))

@@ -5,8 +5,11 @@ first 16 bytes of a blob's id (the whole id stands in the blob's header and is c
 values name a pack by a number that is never used twice, and of a difference its base. Entries of a
 pack that is gone stay behind and count as absent, as their number is no longer known.
 
-Of a chunk that one pack holds whole and another as a difference, the whole one counts, whichever
-came first: so no two differences are ever found to be to each other.
+Of several copies of a blob one is listed. Of a chunk that one pack holds whole and another as a
+difference it is the whole one, whichever came first: so no two differences are ever found to be to
+each other. Where copies differ in what they need, the one that is listed may come to be of no use, as
+its pack goes, or its base, while another could be read. That there are such copies is noted, and
+whatever may lead to that then leaves a mark (see ``gaps``), by which all packs are gone through once.
 
 Nothing here is synced to the disk: after a crash of the host the index is thrown away and rebuilt.
 """
@@ -24,6 +27,7 @@ from typing import Any
 import lmdb
 
 from backupfs.errors import StorageUnavailable
+from backupfs.format.blob import DIFFERENCES_MAX
 from backupfs.format.pack import PackEntry
 from backupfs.repository.index_file import close_index_file, index_path, open_index_file
 from backupfs.repository.mapped import mapped_size, unmap_pages
@@ -133,7 +137,7 @@ class Index:
 
     def add_pack(self, pack_id: PackId, entries: Iterable[PackEntry]) -> None:
         """Take in a durable pack; of a blob known elsewhere the new place counts from now on, but for
-        a difference where the whole chunk is known."""
+        a difference where the whole chunk is known. A difference to something else leaves gaps."""
         # Of two copies in one pack the later one counts.
         ordered = sorted(entries, key=lambda entry: (entry.blob_id, entry.base is None))
         with self._writing() as transaction:
@@ -142,18 +146,37 @@ class Index:
             number = self._next_number(transaction)
             transaction.put(NUMBER.pack(number), pack_id, db=self._packs)
             transaction.put(pack_id, NUMBER.pack(number), db=self._numbers)
-            ordered = [
-                entry
-                for entry in ordered
-                if entry.base is None or not self._is_whole(transaction, entry.blob_id)
-            ]
+            listed, is_in_doubt = self._to_be_listed(transaction, ordered)
             if transaction.stat(self._damaged)["entries"]:
-                self._note_healed(transaction, ordered)
+                self._note_healed(transaction, listed)
             transaction.cursor(db=self._blobs).putmulti(
-                [(entry.blob_id[:KEY_SIZE], _value(number, entry)) for entry in ordered]
+                [(entry.blob_id[:KEY_SIZE], _value(number, entry)) for entry in listed]
             )
-            self._bump_generation(transaction)
+            generation = self._bump_generation(transaction)
+            if is_in_doubt:
+                transaction.put(b"copies", b"", db=self._meta)
+                transaction.put(b"gaps", generation, db=self._meta)
         self._limit_mapped()
+
+    def _to_be_listed(
+        self, transaction: Any, entries: Iterable[PackEntry]
+    ) -> tuple[list[PackEntry], bool]:
+        """Those of a new pack's entries, sorted by id, that count from now on; and whether a
+        difference meets another copy of its chunk: either may be the one that can be read."""
+        known = self._known_packs(transaction)
+        listed: list[PackEntry] = []
+        is_in_doubt = False
+        for entry in entries:
+            if entry.base is not None:
+                value = transaction.get(entry.blob_id[:KEY_SIZE], db=self._blobs)
+                if value is not None and LOCATION.unpack_from(value)[0] in known:
+                    is_in_doubt |= _base_in(value) != entry.base
+                    if self._is_whole(transaction, entry.blob_id):
+                        continue
+            if listed and listed[-1].blob_id == entry.blob_id:
+                is_in_doubt |= listed[-1].base != entry.base
+            listed.append(entry)
+        return listed, is_in_doubt
 
     def _count_lookups(self, count: int) -> None:
         with self._lock:
@@ -181,7 +204,8 @@ class Index:
     def forget_packs(self, pack_ids: Iterable[PackId], *, leaves_gaps: bool = False) -> None:
         """Take packs out that are gone; what lay in them counts as absent.
 
-        ``leaves_gaps``: packs that stay may hold copies of it; see ``gaps``.
+        ``leaves_gaps``: packs that stay may hold copies of it; see ``gaps``. Where there are copies that
+        differ in what they need, it always does.
         """
         pack_ids = list(pack_ids)
         if not pack_ids:
@@ -193,29 +217,62 @@ class Index:
                     transaction.delete(number, db=self._packs)
                 transaction.delete(pack_id, db=self._suspects)
             generation = self._bump_generation(transaction)
-            if leaves_gaps:
+            if leaves_gaps or self._has_copies(transaction):
                 transaction.put(b"gaps", generation, db=self._meta)
 
     def gaps(self) -> bytes | None:
-        """None, or a mark that blobs may count as absent of which some pack has a copy."""
+        """None, or a mark that blobs may count as absent, or be listed where they cannot be read, of
+        which some pack has a good copy."""
         with self._reading() as transaction:
             mark: bytes | None = transaction.get(b"gaps", db=self._meta)
             return mark
 
-    def fill_gaps(self, pack_id: PackId, entries: Iterable[PackEntry]) -> None:
-        """Take in those blobs of a known pack that count as absent."""
+    def fill_gaps(self, pack_id: PackId, entries: Iterable[PackEntry]) -> list[PackEntry]:
+        """Take in those blobs of a known pack that count as absent, or are differences with a base
+        that is absent or damaged, where the pack's copy is better.
+
+        Returns those that still cannot be read: to be tried again when their bases are listed.
+        """
+        waiting = []
         with self._writing() as transaction:
             number = transaction.get(pack_id, db=self._numbers)
             if number is None:
-                return
+                return []
             known = self._known_packs(transaction)
             for entry in entries:
                 key = entry.blob_id[:KEY_SIZE]
-                value = transaction.get(key, db=self._blobs)
-                is_absent = value is None or LOCATION.unpack_from(value)[0] not in known
-                if is_absent or (entry.base is None and _base_in(value) is not None):
-                    place = _value(NUMBER.unpack(number)[0], entry)
+                before = transaction.get(key, db=self._blobs)
+                place = _value(NUMBER.unpack(number)[0], entry)
+                is_absent = before is None or LOCATION.unpack_from(before)[0] not in known
+                stands = not is_absent and self._stands(transaction, before)
+                is_better = stands and entry.base is None and _base_in(before) is not None
+                if is_absent or is_better or (not stands and self._stands(transaction, place)):
                     transaction.put(key, place, db=self._blobs)
+                    stands = self._stands(transaction, place)
+                if is_better:
+                    transaction.put(b"copies", b"", db=self._meta)
+                if not stands:
+                    waiting.append(entry)
+        return waiting
+
+    def _has_copies(self, transaction: Any) -> bool:
+        """Whether of some chunk several copies were met that differ in what they need."""
+        return transaction.get(b"copies", db=self._meta) is not None
+
+    def _stands(self, transaction: Any, value: bytes) -> bool:
+        """Whether what lies at a place can be read, as far as its bases are listed and not damaged."""
+        known = self._known_packs(transaction)
+        for _ in range(DIFFERENCES_MAX + 1):
+            base = _base_in(value)
+            if base is None:
+                return True
+            below = transaction.get(base[:KEY_SIZE], db=self._blobs)
+            if below is None or LOCATION.unpack_from(below)[0] not in known:
+                return False
+            if transaction.get(base, db=self._damaged) is not None:
+                return False
+            value = below
+        return False
 
     def close_gaps(self, mark: bytes) -> None:
         """All packs were gone through since ``gaps`` gave ``mark``."""
@@ -236,7 +293,9 @@ class Index:
         with self._writing() as transaction:
             for blob_id in new:
                 transaction.put(blob_id, b"", db=self._damaged)
-            self._bump_generation(transaction)
+            generation = self._bump_generation(transaction)
+            if self._has_copies(transaction):  # of what is a difference to one of these, maybe
+                transaction.put(b"gaps", generation, db=self._meta)
 
     def is_damaged(self, blob_id: BlobId) -> bool:
         """Whether a blob is marked as damaged."""
@@ -269,6 +328,7 @@ class Index:
         with self._writing() as transaction:
             for database in self._databases():
                 transaction.drop(database, delete=False)
+            transaction.delete(b"copies", db=self._meta)
             self._bump_generation(transaction)
 
     @contextlib.contextmanager

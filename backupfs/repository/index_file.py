@@ -21,7 +21,7 @@ from backupfs.storage.local import sync_folder
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 # Address space, not memory or disk: the file grows as entries come.
 MAP_SIZES = (1 << 40, 1 << 36, 1 << 32)
 READERS_MAX = 1024

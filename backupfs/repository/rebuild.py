@@ -6,11 +6,11 @@ whose footer cannot be read is reported and left out; its blobs count as absent 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterable
 
 from backupfs.errors import CorruptObject, ObjectNotFound, StorageUnavailable
+from backupfs.format.blob import DIFFERENCES_MAX
 from backupfs.format.ids import IdScheme
 from backupfs.format.pack import (
     PACKS_PREFIX,
@@ -97,10 +97,24 @@ def _fill_gaps(storage: Storage, ids: IdScheme, index: Index, sizes: dict[PackId
     mark = index.gaps()
     if mark is None:
         return
-    log.info("packs were deleted by others: looking for copies of what lay in them")
+    log.info("packs were deleted, or hold copies of the same: looking for what can be read")
+    waiting: dict[PackId, list[PackEntry]] = {}
     for pack_id in sorted(index.pack_ids() & sizes.keys()):
-        with contextlib.suppress(ObjectNotFound, CorruptObject):
-            index.fill_gaps(pack_id, read_footer(storage, ids, pack_id, sizes[pack_id]))
+        try:
+            entries = read_footer(storage, ids, pack_id, sizes[pack_id])
+        except (ObjectNotFound, CorruptObject):
+            continue
+        except StorageUnavailable as error:  # the disk cannot read this one; ask for the others
+            if is_want_of_resources(error):
+                raise
+            log.warning("%s", error)
+            continue
+        waiting[pack_id] = index.fill_gaps(pack_id, entries)
+    # The base of a difference may have been listed after it, and the base of that one.
+    for _ in range(DIFFERENCES_MAX):
+        waiting = {pack_id: entries for pack_id, entries in waiting.items() if entries}
+        for pack_id, entries in waiting.items():
+            waiting[pack_id] = index.fill_gaps(pack_id, entries)
     index.close_gaps(mark)
 
 
