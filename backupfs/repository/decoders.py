@@ -81,7 +81,10 @@ class _Decoder:
         self._jobs.close()
 
     def is_ended(self) -> bool:
-        return os.waitpid(self.process_id, os.WNOHANG) != (0, 0)
+        try:
+            return os.waitpid(self.process_id, os.WNOHANG) != (0, 0)
+        except ChildProcessError:  # who started us has the system see to it (SIGCHLD ignored)
+            return True
 
 
 class Decoders:

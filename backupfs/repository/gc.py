@@ -38,7 +38,7 @@ from backupfs.repository.sessions import (
     plan_name,
 )
 from backupfs.storage.locks import FileLock, holder, try_lock
-from backupfs.storage.oserrors import translated
+from backupfs.storage.oserrors import is_want_of_resources, translated
 from backupfs.types import BlobId, PackId, Progress
 
 log = logging.getLogger(__name__)
@@ -315,6 +315,11 @@ class _Run:
                 data = self._repository.reader.raw_at(pack_id, entry)
             except DamageError as error:
                 log.warning("left alone: %s", error)
+                return False
+            except StorageUnavailable as error:  # the disk cannot read it, or what it differs from
+                if is_want_of_resources(error):
+                    raise
+                log.warning("left alone: %s: %s", pack_name(pack_id), error)
                 return False
             if packer.claim([entry.blob_id]):
                 packer.append([NewBlob(blob_id=entry.blob_id, level=entry.level, data=data)])

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 from backupfs.errors import StorageUnavailable
 from backupfs.format import blob as blob_format
-from backupfs.format.blob import FindBase
+from backupfs.format.blob import DIFFERENCES_MAX, BadBlobError, FindBase
 from backupfs.format.ids import IdScheme
 from backupfs.format.pack import BLOB_SIZE_MAX, pack_name
 from backupfs.repository.packer import NewBlob
 from backupfs.storage.base import Storage
+from backupfs.storage.oserrors import is_want_of_resources
 from backupfs.types import BlobId, PackId
 
 READ_SIZE = 2 * BLOB_SIZE_MAX
@@ -31,6 +32,7 @@ class PackScan:
         self._find_elsewhere = find_base
         self._places: dict[BlobId, tuple[int, int]] = {}  # of chunks found: offset, size
         self._postponed: list[tuple[int, int]] = []  # differences whose base was not found yet
+        self._looks_elsewhere = False
         self.count = 0
         self.size_found = 0
         self.is_readable = True
@@ -38,18 +40,25 @@ class PackScan:
     def blobs(self) -> Iterator[NewBlob]:
         """Those that their ids prove; at most ``READ_SIZE`` bytes are held at a time.
 
-        In order, but differences to chunks that come later in the pack come last.
+        In order, but differences come last whose base does not come before them in the pack. Only
+        what is not in it at all is looked for elsewhere, which takes long where it is nowhere.
         """
         for offset, blob in self._in_order():
             yield self._found(offset, blob)
-        while self._postponed:
+        yield from self._postponed_blobs()
+        self._looks_elsewhere = True
+        yield from self._postponed_blobs()
+
+    def _postponed_blobs(self) -> Iterator[NewBlob]:
+        """Those of the postponed whose base can be found now."""
+        count_before = -1
+        while self._postponed and len(self._postponed) != count_before:
+            count_before = len(self._postponed)
             postponed, self._postponed = self._postponed, []
             for offset, size in postponed:
                 found = self._blob_at(self._read_again(offset, size), 0, offset)
                 if found is not None:
                     yield self._found(offset, found)
-            if len(self._postponed) == len(postponed):
-                return
 
     def _found(self, offset: int, blob: NewBlob) -> NewBlob:
         self.count += 1
@@ -107,24 +116,36 @@ class PackScan:
                 expected=header.blob_id,
                 level=header.level,
                 ids=self._ids,
-                find_base=lambda base_id: self._base(base_id, offset, len(whole)),
+                find_base=self._base,
             )
-        except blob_format.BadBlobError:
+        except _BaseNotFound:
+            self._postponed.append((offset, len(whole)))
+            return None
+        except BadBlobError:
             return None
         return NewBlob(blob_id=header.blob_id, level=header.level, data=bytes(whole))
 
-    def _base(self, base_id: BlobId, offset: int, size: int) -> bytes:
-        """What the difference at ``offset`` is to: gc may have put both into this pack."""
-        if base_id in self._places:
-            data = self._read_again(*self._places[base_id])
+    def _base(self, base_id: BlobId, differences_max: int = DIFFERENCES_MAX) -> bytes:
+        """What a difference is to: gc may have put both into this pack. Raises: BadBlobError."""
+        if base_id in self._places and differences_max:
             return blob_format.decode(
-                data, expected=base_id, level=0, ids=self._ids, find_base=self._find_elsewhere
+                self._read_again(*self._places[base_id]),
+                expected=base_id,
+                level=0,
+                ids=self._ids,
+                find_base=lambda below: self._base(below, differences_max - 1),
             )
+        if not self._looks_elsewhere:
+            raise _BaseNotFound
         try:
             return self._find_elsewhere(base_id)
-        except blob_format.BadBlobError:
-            self._postponed.append((offset, size))
-            raise
+        except BadBlobError as error:
+            raise _BaseNotFound from error
+        except StorageUnavailable as error:
+            if is_want_of_resources(error):
+                raise
+            self.is_readable = False  # not in all it takes
+            raise _BaseNotFound from error
 
     def _read_again(self, offset: int, size: int) -> bytes:
         try:
@@ -132,3 +153,7 @@ class PackScan:
         except StorageUnavailable:
             self.is_readable = False
             return b""
+
+
+class _BaseNotFound(BadBlobError):
+    """Not yet: it may come later in the pack."""

@@ -192,6 +192,11 @@ class Verification:
             except blob_format.BadBlobError as error:
                 reason = f"{error} (at offset {entry.offset})"
                 self._bad[entry.blob_id, entry.level] = (name, reason)
+            except StorageUnavailable as error:  # the disk cannot read what it is a difference to
+                if is_want_of_resources(error):
+                    raise
+                reason = f"the chunk that it differs from: {error.reason}"
+                self._bad[entry.blob_id, entry.level] = (name, reason)
         with self._progress_lock:
             self.bytes_checked += size
             self._progress(size)
