@@ -291,8 +291,13 @@ class BlobReader:
                 return self._prove(data, blob_id, level, None, find_base)
             location = self._index.find(blob_id)
             if location is None or location == tried:
-                self._refresh(is_known=self._index.is_damaged(blob_id))
+                is_known = self._index.is_damaged(blob_id)
+                self._refresh(is_known=is_known)
                 location = self._index.find(blob_id)
+                if location is not None and location == tried:
+                    self.note_damage([blob_id])
+                    self._refresh(is_known=is_known)  # which may find another copy now
+                    location = self._index.find(blob_id)
             if location is None and not was_absent:
                 # While gc moved it, the listing may have had neither its old pack nor its new one.
                 was_absent = True

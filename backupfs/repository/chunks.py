@@ -118,7 +118,8 @@ class ChunkStore:
             return StoredBatch(ids=ids, added_size=0)
         new = [(blob_id, plain) for blob_id, plain in wanted.items() if blob_id in missing]
         try:
-            known = listed.keys() | self._avoided.blobs
+            # Of damage another process may have found more than this one has heard of.
+            known = listed.keys() | self._avoided.blobs | self._index.damaged()
             blobs = self._encode(new, ids, level, known, find_earlier)
         except BaseException as error:  # claimed blobs that never come must not be relied on
             reason = (

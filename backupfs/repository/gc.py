@@ -13,7 +13,7 @@ import contextlib
 import logging
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from backupfs.errors import (
     Busy,
@@ -25,7 +25,7 @@ from backupfs.errors import (
 )
 from backupfs.format.pack import TAIL_SIZE, PackEntry, pack_name
 from backupfs.repository.images import Root
-from backupfs.repository.marking import Marker, Reached, draft_roots
+from backupfs.repository.marking import Marker, Reached, draft_roots, with_bases
 from backupfs.repository.packer import NewBlob
 from backupfs.repository.rebuild import list_packs, read_footer
 from backupfs.repository.repository import RESERVE_NAME, RESERVE_SIZE, Repository
@@ -133,6 +133,7 @@ class _Run:
         repacked: set[PackId] = set()
         if condemned:
             deleted, repacked = self._carry_out(condemned, packs)
+            self._repository.refresh_index()
         after = list_packs(self._storage)
         return Collected(
             packs_before=len(packs),
@@ -223,11 +224,20 @@ class _Run:
         if not offsets:
             return []
         try:
-            entries = read_footer(self._storage, self._repository.ids, pack_id, size)
+            entries = self._entries(pack_id, size)
         except CorruptObject as error:
             log.warning("left alone: %s", error)
             return None
         return [entry for entry in entries if entry.offset in offsets]
+
+    def _entries(self, pack_id: PackId, size: int) -> list[PackEntry]:
+        """What a pack holds. Raises: CorruptObject, also where the disk cannot read it; StorageError."""
+        try:
+            return read_footer(self._storage, self._repository.ids, pack_id, size)
+        except StorageUnavailable as error:
+            if is_want_of_resources(error):
+                raise
+            raise CorruptObject(name=pack_name(pack_id), reason=error.reason) from error
 
     def _carry_out(
         self, condemned: set[PackId], packs: dict[PackId, int]
@@ -239,12 +249,61 @@ class _Run:
             reached = self._mark(self._watch.acknowledged_roots(plan.plan_id))
             if reached.missing - self._missing:
                 raise StorageUnavailable(reason="blobs are missing that were there (see verify)")
+            self._keep_better_copies(condemned, packs, reached)
             dead = {pack_id for pack_id in condemned if not reached.offsets(pack_id)}
             self._delete(dead)
             thin = sorted(condemned - dead)
             return dead, self._repack(thin, packs, reached)
         finally:
             self._storage.delete(plan_name(plan.plan_id))
+
+    def _keep_better_copies(
+        self, condemned: set[PackId], packs: dict[PackId, int], reached: Reached
+    ) -> None:
+        """Have a copy of what was reached elsewhere count as reached too, if the one there is damaged.
+
+        The index names one copy of a blob; it may be the damaged one, as after a heal when an index
+        is made anew. So of what has two copies none is given up before the other one was read.
+        """
+        offsets: dict[PackId, set[int]] = {}
+        for pack_id in condemned:
+            try:
+                entries = self._entries(pack_id, packs[pack_id])
+            except CorruptObject:
+                continue  # told before; what it holds cannot be told
+            here = reached.offsets(pack_id)
+            others = [entry for entry in entries if entry.offset not in here]
+            places = self._repository.index.find_many([entry.blob_id for entry in others])
+            for entry, place in zip(others, places, strict=True):
+                if place is None or (place.pack_id, place.offset) == (pack_id, entry.offset):
+                    continue
+                if place.pack_id not in offsets:
+                    offsets[place.pack_id] = reached.offsets(place.pack_id)
+                if place.offset not in offsets[place.pack_id]:
+                    continue
+                there = replace(entry, offset=place.offset, size=place.size, base=place.base)
+                if (
+                    self._raw(place.pack_id, there) is None
+                    and self._raw(pack_id, entry) is not None
+                ):
+                    self._repository.reader.note_damage([entry.blob_id])
+                    reached.add(pack_id, entry.offset)
+                    bases = [] if entry.base is None else [entry.base]
+                    for _, below in with_bases(self._repository.index, bases):
+                        if below is not None:
+                            reached.add(below.pack_id, below.offset)
+
+    def _raw(self, pack_id: PackId, entry: PackEntry) -> bytes | None:
+        """A blob's header and payload, proven; None where it cannot be read."""
+        try:
+            return self._repository.reader.raw_at(pack_id, entry)
+        except DamageError as error:
+            log.warning("left alone: %s", error)
+        except StorageUnavailable as error:  # the disk cannot read it, or what it differs from
+            if is_want_of_resources(error):
+                raise
+            log.warning("left alone: %s: %s", pack_name(pack_id), error)
+        return None
 
     def _publish(self, plan: Plan) -> None:
         data = encode_plan(plan)
@@ -275,8 +334,9 @@ class _Run:
                 self._storage.delete(pack_name(pack_id))
         finally:
             # Also where a deletion failed: it may have had its effect, and what is still there is
-            # taken in again by the next refresh.
-            self._repository.index.forget_packs(pack_ids)
+            # taken in again by the next refresh. Nothing that was reached lay there, but somebody
+            # may have come to need a copy of it in another pack meanwhile.
+            self._repository.index.forget_packs(pack_ids, leaves_gaps=True)
 
     def _repack(
         self, thin: list[PackId], packs: dict[PackId, int], reached: Reached
@@ -311,15 +371,8 @@ class _Run:
             return False
         packer = self._repository.writer().packer
         for entry in alive:
-            try:
-                data = self._repository.reader.raw_at(pack_id, entry)
-            except DamageError as error:
-                log.warning("left alone: %s", error)
-                return False
-            except StorageUnavailable as error:  # the disk cannot read it, or what it differs from
-                if is_want_of_resources(error):
-                    raise
-                log.warning("left alone: %s: %s", pack_name(pack_id), error)
+            data = self._raw(pack_id, entry)
+            if data is None:
                 return False
             if packer.claim([entry.blob_id]):
                 packer.append([NewBlob(blob_id=entry.blob_id, level=entry.level, data=data)])

@@ -7,9 +7,12 @@ pack that is gone stay behind and count as absent, as their number is no longer 
 
 Of several copies of a blob one is listed. Of a chunk that one pack holds whole and another as a
 difference it is the whole one, whichever came first: so no two differences are ever found to be to
-each other. Where copies differ in what they need, the one that is listed may come to be of no use, as
-its pack goes, or its base, while another could be read. That there are such copies is noted, and
-whatever may lead to that then leaves a mark (see ``gaps``), by which all packs are gone through once.
+each other. The one that is listed may come to be of no use, by damage, or as its pack goes, or its
+base, while another could be read. Whatever may lead to that leaves a mark (see ``gaps``), by which all
+packs are gone through once.
+
+Which blobs are damaged, and which packs a damaged copy was met in, survives ``clear``: what was healed
+is not to be undone by an index made anew.
 
 Nothing here is synced to the disk: after a crash of the host the index is thrown away and rebuilt.
 """
@@ -66,6 +69,9 @@ class Index:
         self._numbers = environment.open_db(b"numbers")  # pack id -> number
         self._damaged = environment.open_db(b"damaged")  # whole blob id -> b""
         self._suspects = environment.open_db(b"suspects")  # pack id -> b""
+        self._spoilt = environment.open_db(
+            b"spoilt"
+        )  # pack id -> b"": a damaged copy was met in it
         self._meta = environment.open_db(b"meta")
         self.lookup_count = 0  # blobs asked for by this process, for who measures
         self._lock = threading.Lock()
@@ -147,14 +153,15 @@ class Index:
             transaction.put(NUMBER.pack(number), pack_id, db=self._packs)
             transaction.put(pack_id, NUMBER.pack(number), db=self._numbers)
             listed, is_in_doubt = self._to_be_listed(transaction, ordered)
-            if transaction.stat(self._damaged)["entries"]:
+            if transaction.get(pack_id, db=self._spoilt) is not None:
+                listed = [entry for entry in listed if not self._is_listed(transaction, entry)]
+            elif transaction.stat(self._damaged)["entries"]:
                 self._note_healed(transaction, listed)
             transaction.cursor(db=self._blobs).putmulti(
                 [(entry.blob_id[:KEY_SIZE], _value(number, entry)) for entry in listed]
             )
             generation = self._bump_generation(transaction)
             if is_in_doubt:
-                transaction.put(b"copies", b"", db=self._meta)
                 transaction.put(b"gaps", generation, db=self._meta)
         self._limit_mapped()
 
@@ -177,6 +184,12 @@ class Index:
                 is_in_doubt |= listed[-1].base != entry.base
             listed.append(entry)
         return listed, is_in_doubt
+
+    def _is_listed(self, transaction: Any, entry: PackEntry) -> bool:
+        value = transaction.get(entry.blob_id[:KEY_SIZE], db=self._blobs)
+        return value is not None and LOCATION.unpack_from(value)[0] in self._known_packs(
+            transaction
+        )
 
     def _count_lookups(self, count: int) -> None:
         with self._lock:
@@ -204,8 +217,7 @@ class Index:
     def forget_packs(self, pack_ids: Iterable[PackId], *, leaves_gaps: bool = False) -> None:
         """Take packs out that are gone; what lay in them counts as absent.
 
-        ``leaves_gaps``: packs that stay may hold copies of it; see ``gaps``. Where there are copies that
-        differ in what they need, it always does.
+        ``leaves_gaps``: packs that stay may hold copies of it; see ``gaps``.
         """
         pack_ids = list(pack_ids)
         if not pack_ids:
@@ -216,8 +228,9 @@ class Index:
                 if number is not None:
                     transaction.delete(number, db=self._packs)
                 transaction.delete(pack_id, db=self._suspects)
+                transaction.delete(pack_id, db=self._spoilt)
             generation = self._bump_generation(transaction)
-            if leaves_gaps or self._has_copies(transaction):
+            if leaves_gaps:
                 transaction.put(b"gaps", generation, db=self._meta)
 
     def gaps(self) -> bytes | None:
@@ -228,8 +241,8 @@ class Index:
             return mark
 
     def fill_gaps(self, pack_id: PackId, entries: Iterable[PackEntry]) -> list[PackEntry]:
-        """Take in those blobs of a known pack that count as absent, or are differences with a base
-        that is absent or damaged, where the pack's copy is better.
+        """Take in those blobs of a known pack that count as absent, are damaged, or are differences with
+        a base that is absent or damaged, where the pack's copy is better.
 
         Returns those that still cannot be read: to be tried again when their bases are listed.
         """
@@ -239,37 +252,36 @@ class Index:
             if number is None:
                 return []
             known = self._known_packs(transaction)
+            is_spoilt = transaction.get(pack_id, db=self._spoilt) is not None
             for entry in entries:
                 key = entry.blob_id[:KEY_SIZE]
                 before = transaction.get(key, db=self._blobs)
                 place = _value(NUMBER.unpack(number)[0], entry)
                 is_absent = before is None or LOCATION.unpack_from(before)[0] not in known
-                stands = not is_absent and self._stands(transaction, before)
+                stands = not is_absent and self._stands(transaction, entry.blob_id, before)
+                is_good = not is_spoilt and self._stands(transaction, None, place)
                 is_better = stands and entry.base is None and _base_in(before) is not None
-                if is_absent or is_better or (not stands and self._stands(transaction, place)):
+                if is_absent or (is_good and (is_better or not stands) and place != before):
+                    if not is_absent:
+                        self._note_healed(transaction, [entry])
                     transaction.put(key, place, db=self._blobs)
-                    stands = self._stands(transaction, place)
-                if is_better:
-                    transaction.put(b"copies", b"", db=self._meta)
+                    stands = self._stands(transaction, entry.blob_id, place)
                 if not stands:
                     waiting.append(entry)
         return waiting
 
-    def _has_copies(self, transaction: Any) -> bool:
-        """Whether of some chunk several copies were met that differ in what they need."""
-        return transaction.get(b"copies", db=self._meta) is not None
-
-    def _stands(self, transaction: Any, value: bytes) -> bool:
-        """Whether what lies at a place can be read, as far as its bases are listed and not damaged."""
+    def _stands(self, transaction: Any, blob_id: BlobId | None, value: bytes) -> bool:
+        """Whether what lies at a place can be read, as far as its bases are listed and it (None: it is
+        not asked for) and they are not damaged."""
         known = self._known_packs(transaction)
         for _ in range(DIFFERENCES_MAX + 1):
-            base = _base_in(value)
-            if base is None:
-                return True
-            below = transaction.get(base[:KEY_SIZE], db=self._blobs)
-            if below is None or LOCATION.unpack_from(below)[0] not in known:
+            if blob_id is not None and transaction.get(blob_id, db=self._damaged) is not None:
                 return False
-            if transaction.get(base, db=self._damaged) is not None:
+            blob_id = _base_in(value)
+            if blob_id is None:
+                return True
+            below = transaction.get(blob_id[:KEY_SIZE], db=self._blobs)
+            if below is None or LOCATION.unpack_from(below)[0] not in known:
                 return False
             value = below
         return False
@@ -286,16 +298,22 @@ class Index:
             return set(self._known_packs(transaction).values())
 
     def mark_damaged(self, blob_ids: Iterable[BlobId]) -> None:
-        """Remember that these blobs cannot be read, so that the next writer stores them again."""
+        """Remember that these blobs cannot be read, so that the next writer stores them again.
+
+        Another pack may hold a copy, of them or of what is a difference to them: this leaves gaps.
+        """
         new = [blob_id for blob_id in blob_ids if not self.is_damaged(blob_id)]
         if not new:
             return
         with self._writing() as transaction:
+            known = self._known_packs(transaction)
             for blob_id in new:
                 transaction.put(blob_id, b"", db=self._damaged)
-            generation = self._bump_generation(transaction)
-            if self._has_copies(transaction):  # of what is a difference to one of these, maybe
-                transaction.put(b"gaps", generation, db=self._meta)
+                value = transaction.get(blob_id[:KEY_SIZE], db=self._blobs)
+                pack_id = known.get(LOCATION.unpack_from(value)[0]) if value is not None else None
+                if pack_id is not None:
+                    transaction.put(pack_id, b"", db=self._spoilt)
+            transaction.put(b"gaps", self._bump_generation(transaction), db=self._meta)
 
     def is_damaged(self, blob_id: BlobId) -> bool:
         """Whether a blob is marked as damaged."""
@@ -324,11 +342,10 @@ class Index:
             return int(transaction.stat(self._blobs)["entries"])
 
     def clear(self) -> None:
-        """Forget everything; the packs are the truth."""
+        """Forget all that packs say, which are the truth; not what was found of damage in them."""
         with self._writing() as transaction:
             for database in self._databases():
                 transaction.drop(database, delete=False)
-            transaction.delete(b"copies", db=self._meta)
             self._bump_generation(transaction)
 
     @contextlib.contextmanager
@@ -375,7 +392,7 @@ class Index:
 
     def _databases(self) -> tuple[Any, ...]:
         """All but what must survive ``clear``."""
-        return (self._blobs, self._packs, self._numbers, self._damaged, self._suspects)
+        return (self._blobs, self._packs, self._numbers)
 
     def _next_number(self, transaction: Any) -> int:
         number = int(transaction.get(b"next_number", b"1", db=self._meta))

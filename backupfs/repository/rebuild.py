@@ -67,9 +67,11 @@ def refresh_index(
     index: Index,
     *,
     make_lasting: Callable[[Iterable[ObjectName]], object] = lambda _names: None,
+    fills_gaps: bool = True,
 ) -> list[CorruptObject]:
     """Make the index list just the packs that exist; what is wrong with those it could not take.
 
+    ``fills_gaps``: whether to go through all packs, where something may have another copy.
     ``make_lasting`` gets the packs that are new, before they are listed: one may be seen while who
     stores it is still about to make its name durable, and who finds it in the index relies on it.
 
@@ -89,7 +91,8 @@ def refresh_index(
     if new:
         # A gc may have deleted and forgotten one of them before it was taken in.
         index.forget_packs(new - list_packs(storage).keys(), leaves_gaps=True)
-    _fill_gaps(storage, ids, index, existing)
+    if fills_gaps:
+        _fill_gaps(storage, ids, index, existing)
     return damage
 
 
@@ -97,7 +100,10 @@ def _fill_gaps(storage: Storage, ids: IdScheme, index: Index, sizes: dict[PackId
     mark = index.gaps()
     if mark is None:
         return
-    log.info("packs were deleted, or hold copies of the same: looking for what can be read")
+    log.info(
+        "packs were deleted, damaged, or hold copies of the same: looking for what can be read"
+    )
+    is_complete = True
     waiting: dict[PackId, list[PackEntry]] = {}
     for pack_id in sorted(index.pack_ids() & sizes.keys()):
         try:
@@ -108,6 +114,7 @@ def _fill_gaps(storage: Storage, ids: IdScheme, index: Index, sizes: dict[PackId
             if is_want_of_resources(error):
                 raise
             log.warning("%s", error)
+            is_complete = False
             continue
         waiting[pack_id] = index.fill_gaps(pack_id, entries)
     # The base of a difference may have been listed after it, and the base of that one.
@@ -115,7 +122,8 @@ def _fill_gaps(storage: Storage, ids: IdScheme, index: Index, sizes: dict[PackId
         waiting = {pack_id: entries for pack_id, entries in waiting.items() if entries}
         for pack_id, entries in waiting.items():
             waiting[pack_id] = index.fill_gaps(pack_id, entries)
-    index.close_gaps(mark)
+    if is_complete:
+        index.close_gaps(mark)
 
 
 def _take_in(

@@ -57,6 +57,10 @@ CREDIT_SIZE = 24 << 20
 OPEN_SIZE_MAX = 16 << 20
 # A reader that meets a blob it cannot find asks for a refresh; of known damage, not each time.
 REFRESH_SECONDS = 1.0
+# For who reads, all packs are gone through again only after so many times as long as it took, where
+# it took longer than this.
+REST_FACTOR = 20
+QUICK_SECONDS = 0.2
 # Kept so that gc can write its plan on a disk that is full.
 RESERVE_NAME = "reserve"
 RESERVE_SIZE = 1 << 20
@@ -204,7 +208,7 @@ class Repository:
         self._writer: Writer | None = None
         self._is_closed = False
         self._writer_lock = threading.Lock()
-        self._refreshed_at = float("-inf")
+        self._refreshed_at = self._fills_gaps_at = float("-inf")
         self._refresh_lock = threading.Lock()
         try:
             self.refresh_index()
@@ -253,15 +257,23 @@ class Repository:
                 self._writer = Writer(self)
             return self._writer
 
-    def refresh_index(self) -> list[CorruptObject]:
+    def refresh_index(self, *, fills_gaps: bool = True) -> list[CorruptObject]:
         """Bring the index in line with the packs that exist; see ``rebuild``."""
         with self._refresh_lock:
+            began = self.ambient.monotonic()
             damage = refresh_index(
-                self.storage, self.ids, self.index, make_lasting=self.storage.make_lasting
+                self.storage,
+                self.ids,
+                self.index,
+                make_lasting=self.storage.make_lasting,
+                fills_gaps=fills_gaps,
             )
             self.avoided.blobs = self.index.damaged()
             self.storage.close_deleted()
             self._refreshed_at = self.ambient.monotonic()
+            if fills_gaps:
+                slow_seconds = max(0.0, self._refreshed_at - began - QUICK_SECONDS)
+                self._fills_gaps_at = self._refreshed_at + REST_FACTOR * slow_seconds
             return damage
 
     def renew_index(self) -> list[CorruptObject]:
@@ -273,7 +285,8 @@ class Repository:
     def _refresh_for_reader(self, *, is_known: bool) -> None:
         is_recent = self.ambient.monotonic() - self._refreshed_at <= REFRESH_SECONDS
         if not (is_known and is_recent):
-            self.refresh_index()
+            # One read after the other may come upon damage: not each goes through all packs.
+            self.refresh_index(fills_gaps=self.ambient.monotonic() >= self._fills_gaps_at)
 
 
 def cache_folder(name: str) -> Path:

@@ -7,6 +7,7 @@ something is wrong the trees are walked again, to name what it hits.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -79,10 +80,26 @@ class Verification:
             self._repository.reader.note_damage(
                 {blob_id for blob_id, level in self._bad.keys() - self._absent}
             )
+            self._look_for_other_copies()
             for record in records:
                 # Deleted meanwhile, and collected: that is no damage.
                 if self._repository.records.exists(record.backup_id):
                     self._name_hits(record)
+
+    def _look_for_other_copies(self) -> None:
+        """What another pack holds whole is not lost: the index, made aware of the damage, names it."""
+        self._repository.refresh_index()
+        index = self._repository.index
+        for blob_id, level in list(self._bad.keys() - self._absent):
+            place = index.find(blob_id)
+            if place is None or index.is_damaged(blob_id):
+                continue
+            entry = PackEntry(
+                blob_id=blob_id, offset=place.offset, size=place.size, level=level, base=place.base
+            )
+            with contextlib.suppress(DamageError):
+                self._repository.reader.raw_at(place.pack_id, entry)
+                del self._bad[blob_id, level]
 
     def note_objects(self, damage: Sequence[CorruptObject]) -> None:
         """Add findings about objects that hit no single backup."""

@@ -89,16 +89,12 @@ def put_pack(parts: Parts, number: int, held: dict[bytes, bytes]) -> PackId:
     return pack_id
 
 
-def readable(packs: list[dict[bytes, bytes]], damaged: set[bytes]) -> set[bytes]:
+def readable(packs: list[dict[bytes, bytes]]) -> set[bytes]:
     """The chunks that can be read from some copy, by whatever way."""
     found: set[bytes] = set()
     for _ in CHUNKS:
         for held in packs:
-            found |= {
-                chunk
-                for chunk, base in held.items()
-                if base == chunk or (base in found and base not in damaged)
-            }
+            found |= {chunk for chunk, base in held.items() if base == chunk or base in found}
     return found
 
 
@@ -106,10 +102,9 @@ def readable(packs: list[dict[bytes, bytes]], damaged: set[bytes]) -> set[bytes]
 @given(
     packs=PACKS,
     gone=st.sets(st.integers(0, 5)),
-    damaged=st.sets(st.sampled_from(CHUNKS), max_size=1),
     seen_before=st.integers(0, 6),
 )
-def test_what_some_copies_allow_to_be_read_is_listed_so(parts, packs, gone, damaged, seen_before):
+def test_what_some_copies_allow_to_be_read_is_listed_so(parts, packs, gone, seen_before):
     for pack_id in list_packs(parts.storage):
         parts.storage.delete(pack_name(pack_id))
     parts.index.clear()
@@ -121,19 +116,16 @@ def test_what_some_copies_allow_to_be_read_is_listed_so(parts, packs, gone, dama
     for number in gone:
         if number < len(packs):
             parts.storage.delete(pack_name(pack_ids[number]))
-    parts.index.mark_damaged([BlobId(chunk) for chunk in damaged])
 
     refresh_index(parts.storage, parts.ids, parts.index)
 
     left = [held for number, held in enumerate(packs) if number not in gone]
-    damaged = set(parts.index.damaged())
-    for chunk in readable(left, damaged):
+    for chunk in readable(left):
         place = parts.index.find(BlobId(chunk))
         for _ in range(DIFFERENCES_MAX):
             assert place is not None
             if place.base is None:
                 break
-            assert place.base not in damaged
             place = parts.index.find(place.base)
         assert place is not None and place.base is None
     assert parts.index.gaps() is None
@@ -184,50 +176,6 @@ def test_copies_as_the_same_difference_are_no_doubt(parts):
         parts.index.add_pack(PackId(bytes([number]) * 16), entries_of({A: B, C: C}))
 
     assert parts.index.gaps() is None
-
-
-@pytest.mark.parametrize("spoil", ["a pack is forgotten", "a blob is damaged"])
-@pytest.mark.parametrize("held", [{A: B}, {A: A}], ids=["another difference", "whole"])
-def test_copies_are_looked_through_where_one_may_have_been_lost(parts, held, spoil):
-    def spoilt() -> None:
-        refresh_index(parts.storage, parts.ids, parts.index)
-        assert parts.index.gaps() is None
-        if spoil == "a blob is damaged":
-            parts.index.mark_damaged([BlobId(D)])
-        else:
-            parts.index.forget_packs([last])
-
-    put_pack(parts, 1, held)
-    last = put_pack(parts, 2, {C: C})
-    spoilt()
-    assert parts.index.gaps() is None, "there are no copies"
-
-    last = put_pack(parts, 3, {A: C})
-    parts.index.clear()
-    spoilt()
-    assert parts.index.gaps() is not None
-    parts.storage.delete(pack_name(last))
-    parts.index.clear()
-    parts.index.close_gaps(parts.index.gaps())
-    spoilt()
-    assert parts.index.gaps() is None, "there are none any more"
-
-
-def test_a_whole_copy_that_is_preferred_hides_another(parts):
-    put_pack(parts, 1, {A: A})
-    refresh_index(parts.storage, parts.ids, parts.index)
-    other = PackId(b"g" * 16)
-    parts.index.add_pack(other, entries_of({A: A}))
-    parts.index.forget_packs([other], leaves_gaps=True)
-    put_pack(parts, 2, {A: B, B: B})
-    parts.index.add_pack(PackId(bytes([2]) * 16), entries_of({A: B, B: B}))
-    assert parts.index.find(BlobId(A)).base == B, "the case at hand"
-    refresh_index(parts.storage, parts.ids, parts.index)
-    assert parts.index.find(BlobId(A)).base is None
-
-    parts.index.forget_packs([PackId(bytes([1]) * 16)])
-
-    assert parts.index.gaps() is not None
 
 
 def test_two_differences_in_one_pack_are_a_doubt(parts):

@@ -168,7 +168,7 @@ def test_damage_is_remembered_until_the_blob_is_stored_again(index):
     assert index.find(blob(6)) == at(1, 100), "it is marked, not forgotten"
 
 
-def test_clear_forgets_everything(index):
+def test_clear_forgets_everything_but_damage(index):
     index.add_pack(pack(1), entries(5))
     index.mark_damaged([blob(5)])
 
@@ -176,8 +176,33 @@ def test_clear_forgets_everything(index):
 
     assert index.find(blob(5)) is None
     assert index.pack_ids() == set()
-    assert index.damaged() == frozenset()
+    assert index.damaged() == {blob(5)}
     assert index.entry_count() == 0
+
+
+def test_what_was_healed_is_not_undone_by_an_index_made_anew(index):
+    index.add_pack(pack(1), entries(5, 6))
+    index.mark_damaged([blob(5)])
+    index.add_pack(pack(2), entries(5))
+    assert index.damaged() == frozenset()
+
+    for order in ((1, 2), (2, 1)):
+        index.clear()
+        for number in order:
+            index.add_pack(pack(number), {1: entries(5, 6), 2: entries(5)}[number])
+        assert index.find(blob(5)) == at(2, 0)
+        assert index.find(blob(6)) == at(1, 100)
+
+
+def test_an_index_made_anew_of_the_damaged_copy_alone_heals_nothing(index):
+    index.add_pack(pack(1), entries(5))
+    index.mark_damaged([blob(5)])
+    index.clear()
+
+    index.add_pack(pack(1), entries(5))
+
+    assert index.damaged() == {blob(5)}
+    assert index.find_usable([blob(5)]) == [None]
 
 
 def test_the_index_is_one_per_process_and_lasts_until_its_last_holder_closes_it(folder):
@@ -415,8 +440,7 @@ OPERATIONS = st.one_of(
 @given(st.lists(OPERATIONS, max_size=30))
 @settings(max_examples=60, deadline=None)
 def test_random_operations_agree_with_dictionaries(tmp_path_factory, operations):
-    index = Index.open(tmp_path_factory.getbasetemp() / "model-index")
-    index.clear()
+    index = Index.open(tmp_path_factory.mktemp("model-index"))
     packs: dict[int, list[int]] = {}
     places: dict[int, tuple[int, int]] = {}
     damaged: set[int] = set()
