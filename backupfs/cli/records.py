@@ -82,6 +82,10 @@ def import_command(repo: str, files: tuple[str, ...], is_json: bool) -> int:
                     failures.append(error)
                     output.report(f"{file!r}: {error}")
                     continue
+                except OSError as error:
+                    failures.append(InvalidRecord(reason=error.strerror))
+                    output.report(f"{file!r}: {error.strerror}")
+                    continue
                 there = {"already_there": outcome.already_there}
                 taken.append(record_summary(outcome.record) | there)
                 if not is_json:

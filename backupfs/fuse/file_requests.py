@@ -19,7 +19,12 @@ from backupfs.fuse.handles import (
     TextWriter,
 )
 from backupfs.fuse.layout import RECORD_SUFFIX, Entry, Kind
-from backupfs.fuse.openers import holds_for_writing, opener_of, was_killed
+from backupfs.fuse.openers import (
+    has_killed_child,
+    holds_for_writing,
+    opener_of,
+    was_killed,
+)
 from backupfs.fuse.requests import Requests, answered, staged_entry, text_of
 from backupfs.fuse.threads import LONG_READ_SIZE
 from backupfs.service import Image
@@ -76,6 +81,7 @@ class FileRequests(Requests):
 
     def _open_staged_reader(self, staged: StagedFile) -> FileInfo:
         handle = StagedReader(staged, staged.draft.saved.root)
+        staged.readers += 1
         self._service.repository.writer().session.hold(handle.root)
         return self._opened(handle)
 
@@ -148,6 +154,7 @@ class FileRequests(Requests):
                 await self.threads.slow(area.begin_writing, handle.handle)
             area.note_write(handle.handle)
             staged.draft.write(off, buf)
+            handle.handle.note_written(off, len(buf))
             if staged.wants_mark:  # the flush of another handle, just now, took the mark away
                 await self.threads.slow(area.begin_writing, handle.handle)
             # Back-pressure: an unthrottled loop would keep the interpreter from the workers.
@@ -175,7 +182,7 @@ class FileRequests(Requests):
         program = handle.opener.process_id
         self._writable().flush(
             handle.handle,
-            interrupted=was_killed(program),
+            interrupted=was_killed(program) or has_killed_child(program),
             goes_on=handle.staged.changed and holds_for_writing(program, number),
         )
 
@@ -198,8 +205,15 @@ class FileRequests(Requests):
                 )
         elif isinstance(handle, (BackupHandle, StagedReader)) and self._area is not None:
             self._service.repository.writer().session.let_go(handle.root)
+            if isinstance(handle, StagedReader):
+                await self._end_reading(handle.staged)
         elif isinstance(handle, TextWriter):
             self._forget_sidecar(handle)
+
+    async def _end_reading(self, staged: StagedFile) -> None:
+        staged.readers -= 1
+        if staged.unlinked and not staged.readers:
+            await self.threads.slow(self._writable().end_reading, staged)
 
     def _forget_sidecar(self, writer: TextWriter) -> None:
         """Where nobody has it open any more: the next copy of that name may have begun."""

@@ -28,6 +28,7 @@ from backupfs.repository.repository import Repository
 from backupfs.staging.deciding import Decider
 from backupfs.staging.draft import NO_CONTENT, Content, Draft
 from backupfs.staging.events import EventLog
+from backupfs.staging.extents import Extents
 from backupfs.staging.keeper import Keeper, load_staged
 from backupfs.staging.lifecycle import (
     RENAME_FIRST,
@@ -70,6 +71,7 @@ class StagingArea:
         self._writer = repository.writer()
         self._lock = threading.RLock()
         self._files: dict[str, StagedFile] = {}
+        self._nameless: set[StagedFile] = set()  # that somebody has open still
         self._folders: set[str] = states.load_folders()
         self.unreadable: list[CorruptObject] = []  # states of drafts, as found at the start
         self._writer.session.add_checkpoint(self._checkpoint_all)
@@ -157,11 +159,14 @@ class StagingArea:
     def _forget_replaced(self, staged: StagedFile) -> None:
         """The rename is done and durable. A state that cannot be removed is older than that of the
         file which has its name now, so the next start knows what to do with it."""
+        self._nameless.add(staged)
         try:
             self._keeper.forget(staged)
         except StorageError as error:
             staged.unlinked = True
             self.events.add("could not remove the state of", staged.name, str(error))
+        if not (staged.writers or staged.readers):
+            self._nameless.discard(staged)
 
     def _keep_as(self, staged: StagedFile, name: str) -> None:
         """Make a new name durable; should that fail, the file has its old one."""
@@ -230,7 +235,9 @@ class StagingArea:
         """Set the size, through a handle or by name. Raises: BackupfsError."""
         with staged.lock:
             if handle is not None:
-                handle.was_sized, handle.was_grown = True, size > staged.size
+                handle.was_sized = True
+                if size > staged.size:  # by zeros, which are no copy
+                    handle.copied = Extents()
             if size == staged.size:
                 return
             if handle is not None:
@@ -257,6 +264,7 @@ class StagingArea:
             if handle.is_complete and not interrupted:
                 staged.interrupted = staged.left_partial = False
                 staged.failure = ""
+                handle.copied = Extents()
             elif handle.is_cut_short and id(handle) in staged.unflushed:
                 staged.left_partial = True
             if not goes_on:
@@ -278,7 +286,7 @@ class StagingArea:
             if staged.writers:
                 return
             if staged.unlinked:
-                staged.draft.clear()  # gives back what it holds in memory
+                self._let_go(staged)
                 return
             if staged.draft.error is not None:
                 staged.failure = str(staged.draft.error)
@@ -288,9 +296,22 @@ class StagingArea:
                 if staged.draft.is_dirty or staged.is_marked or not staged.is_saved:
                     self._keeper.flush(staged, interrupted=staged.interrupted)
             except BackupfsError as error:
+                staged.draft.forgive()  # the next one to write is not to be told of it
                 self._decider.hold(staged, f"writing failed: {error}")
             else:
                 self._decider.decide_alone(staged)
+
+    def end_reading(self, staged: StagedFile) -> None:
+        """The last reader is gone, of a file without a name."""
+        with staged.lock:
+            if not staged.writers:
+                self._let_go(staged)
+
+    def _let_go(self, staged: StagedFile) -> None:
+        """Of a file without a name, and without writers: give back what it holds in memory."""
+        if not staged.readers:
+            staged.draft.clear()
+            self._nameless.discard(staged)
 
     def set_attributes(
         self,
@@ -347,7 +368,7 @@ class StagingArea:
     def _checkpoint_all(self) -> set[Root]:
         """For gc: nothing that was built so far may be known to memory only."""
         roots = set()
-        for staged in self.files():
+        for staged in [*self.files(), *list(self._nameless)]:
             try:
                 content = staged.draft.checkpoint()
             except BackupfsError as error:
@@ -379,7 +400,12 @@ class StagingArea:
 
     def _take_up(self, staged: StagedFile) -> None:
         published = self._catalogue.get(staged.next_id)
-        if published is not None and published.root == staged.draft.saved.root.root:
+        content = staged.draft.saved
+        if published is not None and (published.volume, published.size, published.root) == (
+            staged.volume,
+            content.size,
+            content.root.root,
+        ):
             staged.became_backup(published.backup_id, self._ambient.new_uuid())
             self._keeper.save_if_possible(staged)
             self._states.unmark_writing(staged.draft_id)  # void with it, or later writes are held
@@ -427,6 +453,8 @@ class StagingArea:
 
     def _forget(self, staged: StagedFile) -> None:
         self._keeper.forget(staged)
+        if staged.writers or staged.readers:
+            self._nameless.add(staged)
         if self._files.get(staged.name) is staged:
             del self._files[staged.name]
 

@@ -31,6 +31,7 @@ class StagedFile:
         self.mtime_ns: int = int(changed_at.timestamp() * 1e9)
         self.mtime_given = False  # by the client, rather than by the last write
         self.writers = 0
+        self.readers = 0
         self.written = False
         self.changed = False
         self.interrupted = False
@@ -89,6 +90,11 @@ class StagedFile:
         return not (self.is_marked or self.unlinked)
 
     @property
+    def is_in_doubt(self) -> bool:
+        """Whether it is known to be no whole copy, until somebody shows the contrary."""
+        return self.interrupted or self.left_partial or bool(self.failure)
+
+    @property
     def size(self) -> int:
         return self.draft.size
 
@@ -107,10 +113,7 @@ class StagedFile:
             written=self.written,
             changed=self.changed,
             # Somebody in the middle of writing: the mark says so too, but may not be durable yet.
-            interrupted=self.interrupted
-            or self.left_partial
-            or bool(self.failure)
-            or bool(self.unflushed),
+            interrupted=self.is_in_doubt or bool(self.unflushed),
             held=self.reason[:1000] if self.state is State.HELD and not self.may_retry else "",
             stored_bytes=self.stored_bytes,
             next_id=self.next_id,

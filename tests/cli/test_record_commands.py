@@ -95,10 +95,10 @@ def test_bad_records_are_refused_and_good_ones_taken(
     large.write_bytes(bytes(5 << 20))
     run("delete", repo, backup["id"])
 
-    ended = run("import", repo, bad, large, good, "--json")
+    ended = run("import", repo, bad, large, tmp_path / "absent", good, "--json")
 
     assert ended.code == 1
-    assert len(ended.err.splitlines()) == 2
+    assert len(ended.err.splitlines()) == 3
     assert r"bad\x1b" in ended.err and "\x1b" not in ended.err
     assert [taken["id"] for taken in ended.json] == ids(run, repo) == [backup["id"]]
 

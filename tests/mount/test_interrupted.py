@@ -199,6 +199,73 @@ def test_held_draft_that_is_only_resized_stays_held(mounted: Mounted, fifo: Path
     mounted.assert_held("web01.img", "web01")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(["truncate", "-s", "{size}", "{target}"], id="the size it has"),
+        pytest.param(["truncate", "-s", "1M", "{target}"], id="a smaller size"),
+        pytest.param(
+            ["dd", "if=/dev/null", "of={target}", "bs=1M", "seek=2", "count=0"], id="dd of nothing"
+        ),
+    ],
+)
+def test_held_draft_whose_size_is_set_and_set_again_stays_held(
+    mounted: Mounted, fifo: Path, words: list[str]
+) -> None:
+    """Who sets the size has not copied anything."""
+    target = mounted.staging / "web01.img"
+    with half_copied(mounted, fifo, *words_of("cat", fifo, target)) as process:
+        kill(process, signal.SIGKILL)
+
+    for _ in range(2):
+        size = target.stat().st_size
+        run(*(word.format(target=target, size=size) for word in words))
+
+        mounted.assert_held("web01.img", "web01")
+
+
+def test_resuming_from_a_source_that_cannot_be_read_publishes_nothing(
+    mounted: Mounted, fifo: Path
+) -> None:
+    target = mounted.staging / "web01.img"
+    with half_copied(mounted, fifo, *words_of("cat", fifo, target)) as process:
+        kill(process, signal.SIGKILL)
+
+    run("dd", f"if={mounted.folder}", f"of={target}", "bs=1M", "seek=2", check=False)
+
+    mounted.assert_held("web01.img", "web01")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(["dd", "if={source}", "of={target}", "bs=1M", "conv=notrunc"], id="dd"),
+        pytest.param(
+            ["qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", "{source}", "{target}"],
+            id="qemu-img",
+            marks=[pytest.mark.tools, needs("qemu-img")],
+        ),
+    ],
+)
+def test_held_draft_is_completed_by_a_copy_over_all_of_it(
+    mounted: Mounted, words: list[str]
+) -> None:
+    """As backups of a head go on after one of them was cut short."""
+    target, source = mounted.staging / "web01.img", mounted.image(NEW)
+    run("cp", mounted.image(OLD, "old.img"), target)
+    script = f"import os, time; f = os.open('{target}', os.O_WRONLY); os.pwrite(f, b'x' * 9, 9000)"
+    patching = mounted.start(sys.executable, "-c", f"{script}; time.sleep(100)")
+    assert becomes(lambda: "web01.img" in mounted.drafts(), seconds=20)
+    kill(patching, signal.SIGKILL)
+    mounted.assert_held("web01.img", "web01", OLD)
+
+    run("dd", f"if={source}", f"of={target}", "bs=1M", "count=3", "conv=notrunc")
+    mounted.assert_held("web01.img", "web01", OLD)
+    run(*(word.format(source=source, target=target) for word in words))
+
+    mounted.assert_backups("web01", OLD, NEW)
+
+
 def test_held_draft_is_dropped_by_rm(mounted: Mounted, fifo: Path) -> None:
     target = mounted.staging / "web01.img"
     run("cp", mounted.image(OLD), target)
@@ -229,12 +296,11 @@ def test_held_draft_is_published_under_its_name_only(mounted: Mounted, fifo: Pat
     mounted.assert_backups("web01", content)
 
 
-def test_copy_that_goes_on_after_a_program_of_its_group_was_killed(
+def test_copy_whose_shell_goes_on_after_its_program_was_killed(
     mounted: Mounted, fifo: Path
 ) -> None:
-    """The shell opened the file, and the shell lives on: no evidence but the size."""
+    """The shell opened the file, and the shell lives on: the close that comes is the killed one's."""
     target = mounted.staging / "web01.img"
-    run("cp", mounted.image(OLD), target)
     script = f'(cat "{fifo}"; true) > "{target}"'
 
     with half_copied(mounted, fifo, "bash", "-c", script) as process:
@@ -242,8 +308,28 @@ def test_copy_that_goes_on_after_a_program_of_its_group_was_killed(
         os.kill(int(cat), signal.SIGKILL)
         assert process.wait(timeout=20) == 0
 
-    draft = mounted.assert_held("web01.img", "web01", OLD)
-    assert "smaller" in draft["reason"]
+    mounted.assert_held("web01.img", "web01")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_copy_that_a_time_limit_ended(mounted: Mounted, fifo: Path, number: int) -> None:
+    target = mounted.staging / "web01.img"
+    script = f'exec timeout -s {number} 2 cat "{fifo}" > "{target}"'
+
+    with half_copied(mounted, fifo, "sh", "-c", script) as process:
+        assert process.wait(timeout=20) != 0
+
+    mounted.assert_held("web01.img", "web01")
+
+
+def test_program_of_a_pipe_that_dies_because_enough_was_read_is_no_loss(mounted: Mounted) -> None:
+    target = mounted.staging / "web01.img"
+
+    for _ in range(8):
+        run("bash", "-c", f'(yes | head -c 3000000; true) > "{target}"')
+
+        assert mounted.drafts() == {}
+    assert len(mounted.names("web01")) == 8
 
 
 def _child_of(process_id: int) -> int:

@@ -265,3 +265,41 @@ def test_head_that_is_open_can_be_read_after_its_removal(mounted: Mounted) -> No
         assert file.read() == content
     mounted.command("gc")
     assert int(mounted.listed("stats")["stored_bytes"]) < MIB
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_staged_file_that_loses_its_name_while_it_is_written_is_whole_for_who_reads_it(
+    mounted: Mounted, how: str
+) -> None:
+    """Others copy to a temporary name, and rename it with the file still open."""
+    content = random_bytes(24 * MIB)
+    target = mounted.staging / "web01.img"
+    with target.open("wb", buffering=0) as writer:
+        writer.write(content)
+        os.fsync(writer.fileno())
+        with target.open("rb", buffering=0) as reader:
+            if how == "removed":
+                target.unlink()
+            else:
+                run("cp", mounted.image(IMAGE), mounted.staging / "web01.img.part")
+                (mounted.staging / "web01.img.part").rename(target)
+            mounted.command("gc")
+            writer.close()
+            os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+            assert reader.read(len(content)) == content
+    mounted.command("gc")
+    assert int(mounted.listed("stats")["stored_bytes"]) < len(IMAGE) + MIB
+
+
+def test_staged_file_without_a_name_keeps_its_data_through_gc(mounted: Mounted) -> None:
+    content = random_bytes(24 * MIB)
+    target = mounted.staging / "web01.img"
+    with target.open("w+b", buffering=0) as file:
+        file.write(content)
+        os.fsync(file.fileno())
+        target.unlink()
+        mounted.command("gc")
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+        assert os.pread(file.fileno(), len(content), 0) == content

@@ -66,6 +66,7 @@ def write(area: StagingArea, handle: WriteHandle, data: bytes, offset: int = 0) 
         area.begin_writing(handle)
     area.note_write(handle)
     handle.staged.draft.write(offset, data)
+    handle.note_written(offset, len(data))
 
 
 def close(area: StagingArea, handle: WriteHandle, *, killed: bool = False) -> None:
@@ -251,16 +252,37 @@ def test_a_copy_whose_program_was_killed_is_held_until_a_complete_one_comes(serv
     assert images(service) == [IMAGE, OTHER]
 
 
-def test_a_killed_copy_that_is_resumed_and_sized_is_published(service, area):
-    """rsync --append and scp set the size at their end."""
+@pytest.mark.parametrize("before", [100_000, len(IMAGE) + 5000], ids=["shorter", "longer"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_a_killed_copy_is_completed_by_who_writes_all_over_it(service, area, before, order):
+    """In whatever order; scp sets the size at its end."""
+    copy(area, "vm.img", noise(before, seed=77), killed=True)
+
+    handle = reopen(area, "vm.img")
+    third = len(IMAGE) // 3
+    for part in order:
+        end = len(IMAGE) if part == 2 else (part + 1) * third
+        write(area, handle, IMAGE[part * third : end], part * third)
+    area.truncate(handle.staged, len(IMAGE), handle)
+    close(area, handle)
+
+    assert images(service) == [IMAGE]
+
+
+def test_a_killed_copy_of_which_not_all_was_written_over_stays_held(service, area):
     copy(area, "vm.img", IMAGE[:100_000], killed=True)
 
     handle = reopen(area, "vm.img")
     write(area, handle, IMAGE[100_000:], 100_000)
     area.truncate(handle.staged, len(IMAGE), handle)
     close(area, handle)
+    assert images(service) == []
 
-    assert images(service) == [IMAGE]
+    handle = reopen(area, "vm.img")
+    write(area, handle, IMAGE[:100_000])
+    area.truncate(handle.staged, len(IMAGE) + 1000, handle)
+    close(area, handle)
+    assert images(service) == [], "two programs, and zeros at the end"
 
 
 def test_a_program_that_sets_the_size_last_and_did_not_was_cut_short(location):
