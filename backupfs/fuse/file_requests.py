@@ -19,12 +19,7 @@ from backupfs.fuse.handles import (
     TextWriter,
 )
 from backupfs.fuse.layout import RECORD_SUFFIX, Entry, Kind
-from backupfs.fuse.openers import (
-    has_killed_child,
-    holds_for_writing,
-    opener_of,
-    was_killed,
-)
+from backupfs.fuse.openers import holds_for_writing, opener_of, was_killed
 from backupfs.fuse.requests import Requests, answered, staged_entry, text_of
 from backupfs.fuse.threads import LONG_READ_SIZE
 from backupfs.service import Image
@@ -182,7 +177,7 @@ class FileRequests(Requests):
         program = handle.opener.process_id
         self._writable().flush(
             handle.handle,
-            interrupted=was_killed(program) or has_killed_child(program),
+            interrupted=was_killed(program),
             goes_on=handle.staged.changed and holds_for_writing(program, number),
         )
 

@@ -11,10 +11,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-PF_EXITING = 0x4
 PF_SIGNALED = 0x400
 _FLAGS_AFTER_NAME = 6  # field 9, counted from the state, field 3
-_GENERATIONS_MAX = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,41 +43,10 @@ def was_killed(process_id: int) -> bool:
         tasks = os.listdir(f"/proc/{process_id}/task")
     except OSError:
         return False
-    found = [_state_and_flags(Path(f"/proc/{process_id}/task/{task}/stat")) for task in tasks]
-    known = [one[1] for one in found if one is not None]
+    flags = [_flags(Path(f"/proc/{process_id}/task/{task}/stat")) for task in tasks]
+    known = [found for found in flags if found is not None]
     # All of them: a program that ends by itself kills its other threads, but not the one that ends.
-    return bool(known) and all(flags & PF_SIGNALED for flags in known)
-
-
-def has_killed_child(process_id: int, generations: int = _GENERATIONS_MAX) -> bool:
-    """Whether a program that this one started is ending because of a signal, and waits for an answer.
-
-    A shell, ``timeout`` or ``flock`` opens the file, and what writes it is a child: the close that
-    waits for our answer is that child's.
-    """
-    if process_id <= 0 or not generations:
-        return False
-    for child in _children(process_id):
-        state, flags = _state_and_flags(Path(f"/proc/{child}/stat")) or (b"", 0)
-        if state == b"D" and flags & PF_EXITING and flags & PF_SIGNALED:
-            return True
-        if has_killed_child(child, generations - 1):
-            return True
-    return False
-
-
-def _children(process_id: int) -> list[int]:
-    """Of all its threads; none where the system does not list them (CONFIG_PROC_CHILDREN)."""
-    folder = Path(f"/proc/{process_id}/task")
-    try:
-        tasks = os.listdir(folder)
-        return [
-            int(number)
-            for task in tasks
-            for number in (folder / task / "children").read_bytes().split()
-        ]
-    except OSError:
-        return []
+    return bool(known) and all(found & PF_SIGNALED for found in known)
 
 
 def holds_for_writing(process_id: int, inode: int) -> bool:
@@ -112,8 +79,8 @@ def _fields(path: Path) -> dict[bytes, bytes]:
     return {name: value.strip() for name, _, value in lines}
 
 
-def _state_and_flags(path: Path) -> tuple[bytes, int] | None:
-    """A task's state, a letter, and its flags; None where it is gone."""
+def _flags(path: Path) -> int | None:
+    """A task's flags; None where it is gone."""
     try:
         line = path.read_bytes()
     except OSError:
@@ -121,6 +88,6 @@ def _state_and_flags(path: Path) -> tuple[bytes, int] | None:
     # The name, field 2, may hold anything, parentheses too: the last one ends it.
     fields = line.rpartition(b")")[2].split()
     try:
-        return fields[0], int(fields[_FLAGS_AFTER_NAME])
+        return int(fields[_FLAGS_AFTER_NAME])
     except (IndexError, ValueError):
         return None
