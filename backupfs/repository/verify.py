@@ -7,7 +7,6 @@ something is wrong the trees are walked again, to name what it hits.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -97,9 +96,15 @@ class Verification:
             entry = PackEntry(
                 blob_id=blob_id, offset=place.offset, size=place.size, level=level, base=place.base
             )
-            with contextlib.suppress(DamageError):
+            try:
                 self._repository.reader.raw_at(place.pack_id, entry)
-                del self._bad[blob_id, level]
+            except DamageError:
+                continue
+            except StorageUnavailable as error:
+                if is_want_of_resources(error):
+                    raise
+                continue
+            del self._bad[blob_id, level]
 
     def note_objects(self, damage: Sequence[CorruptObject]) -> None:
         """Add findings about objects that hit no single backup."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from support.images import CHUNK_SIZE, back_up, is_clean, noise, restored
 
 from backupfs.errors import StorageUnavailable
 from backupfs.format.pack import pack_name
-from backupfs.repository import gc, rebuild
+from backupfs.repository import gc, rebuild, repository
 from backupfs.repository.byte_cache import ByteCache
 from backupfs.repository.images import Root, leaf_ids
 from backupfs.repository.index import BlobLocation
@@ -204,6 +205,47 @@ def unreadable_footer(monkeypatch: pytest.MonkeyPatch, wanted: PackId) -> None:
 
     monkeypatch.setattr(rebuild, "read_footer", read_footer)
     monkeypatch.setattr(gc, "read_footer", read_footer)
+
+
+def test_verify_reports_damage_where_the_other_copy_cannot_be_read_either(
+    location, on_host, monkeypatch
+):
+    record = two_copies(location, on_host)
+    with on_host(1) as service:
+        damaged = place_of(service, record)
+        raw_at = service.repository.reader.raw_at
+
+        def raw_elsewhere(pack_id, entry):
+            if pack_id != damaged.pack_id:
+                raise StorageUnavailable(reason=os.strerror(errno.EIO))
+            return raw_at(pack_id, entry)
+
+        monkeypatch.setattr(service.repository.reader, "raw_at", raw_elsewhere)
+
+        report = service.verify()
+
+        assert report.complete
+        assert record.backup_id in {hit.backup_id for hit in report.damage}
+
+
+def test_readers_of_damage_go_through_all_packs_for_a_twentieth_of_the_time(service, monkeypatch):
+    now, went_through = [service.repository.ambient.monotonic() + 1000], []
+
+    def refresh_index(*_parts, fills_gaps, **_named):
+        now[0] += 1.0
+        if fills_gaps:
+            went_through.append(now[0])
+            now[0] += 2.0
+        return []
+
+    monkeypatch.setattr(repository, "refresh_index", refresh_index)
+    monkeypatch.setattr(service.repository.ambient, "monotonic", lambda: now[0])
+
+    for _ in range(300):
+        service.repository._refresh_for_reader(is_known=False)
+
+    assert 3 <= len(went_through) <= 8
+    assert all(later - one > 40 for one, later in itertools.pairwise(went_through))
 
 
 def test_gaps_stay_noted_while_a_footer_cannot_be_read(service, monkeypatch):
