@@ -1054,3 +1054,28 @@ def test_file_that_cannot_be_removed_stays_in_view(area, monkeypatch):
     assert content(area, "vm.img") == IMAGE
     area.unlink("vm.img")
     assert area.find("vm.img") is None
+
+
+@pytest.mark.parametrize("change", ["another size", "another name"])
+def test_what_has_the_id_of_a_backup_and_is_another_image_is_published_at_the_next_start(
+    location, change
+):
+    """A record was put, the answer lost, and the file resized or renamed before the daemon died."""
+    with next_start(location) as (service, area):
+        copy(area, "vm.img", IMAGE)
+        (record,) = service.backups()
+        staged = area.find("vm.img")
+        if change == "another size":
+            staged.draft.truncate(len(IMAGE) + 1)
+            staged.draft.checkpoint()
+        else:
+            area._files["other.img"] = area._files.pop("vm.img")
+            staged.name = "other.img"
+        staged.next_id, staged.changed, staged.state = record.backup_id, True, State.OPEN
+        area._keeper.save(staged)
+
+    with next_start(location) as (service, area):
+        assert len(service.backups()) == 2
+        newest = max(service.backups(), key=lambda made: made.created_at)
+        assert (newest.volume, newest.size) != (record.volume, record.size)
+        assert newest.backup_id != record.backup_id
