@@ -11,6 +11,7 @@ import os
 import stat
 from abc import ABC, abstractmethod
 from contextlib import suppress
+from pathlib import Path
 from typing import Self
 
 from backupfs.ambient import Ambient
@@ -214,6 +215,18 @@ def open_target(
     if not stat.S_ISREG(found) and not stat.S_ISDIR(found):
         raise TargetFailed(name=path, reason="it is neither a file nor a block device")
     return FileTarget(path, force=force, mode=mode)
+
+
+def check_lies_outside(path: str, folder: Path) -> None:
+    """Refuse a target in the folder of a repository, whatever links and mounts lead there.
+
+    Raises: TargetFailed.
+    """
+    for parent in Path(os.path.realpath(path)).parents:
+        with suppress(OSError):  # one that is not there, or not ours to see, is no repository in use
+            if parent.samefile(folder):
+                reason = "it lies in the repository; name a place outside it"
+                raise TargetFailed(name=path, reason=reason)
 
 
 def _sync_folder(path: str) -> None:

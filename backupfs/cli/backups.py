@@ -29,7 +29,7 @@ from backupfs.errors import BackupfsError, ImageTooLarge, InvalidName, SourceFai
 from backupfs.format.names import volume_of
 from backupfs.format.record import Record
 from backupfs.hostsources import STREAM_WORD, open_source
-from backupfs.hosttargets import open_target
+from backupfs.hosttargets import check_lies_outside, open_target
 from backupfs.service import LATEST, RetentionPolicy, Service
 
 # What is wrong with one source, and leaves the others to be backed up.
@@ -144,6 +144,7 @@ def restore_command(repo: str, backup: str, dest: str, force: bool, is_json: boo
         )
     with cancellable() as cancelled, Service.open(repo) as service:
         record = service.resolve(backup)
+        check_lies_outside(dest, service.repository.folder)
         target = open_target(dest, size=record.size, force=force, mode=record.source_mode)
         try:
             with target, output.progress(label(record), total=record.size) as progress:

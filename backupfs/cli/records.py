@@ -22,7 +22,7 @@ from backupfs.errors import (
 )
 from backupfs.format.record import METADATA_SIZE_MAX, RECORD_SIZE_MAX
 from backupfs.hostsources import STREAM_WORD
-from backupfs.hosttargets import open_target
+from backupfs.hosttargets import check_lies_outside, open_target
 from backupfs.service import ImportOutcome, Service
 
 # What is wrong with one record, and leaves the others to be taken in.
@@ -49,6 +49,8 @@ def export_command(repo: str, backup: str, file: str, force: bool) -> None:
         raise click.UsageError("a record is nothing for a terminal: give a FILE, or redirect")
     with Service.open(repo) as service:
         data = service.export_record(service.resolve(backup))
+        if file != STREAM_WORD:
+            check_lies_outside(file, service.repository.folder)
     if file == STREAM_WORD:
         sys.stdout.buffer.write(data)
         return

@@ -247,6 +247,23 @@ def test_existing_file_is_replaced_by_force_only(
     assert target.read_bytes() == image.read_bytes()
 
 
+@pytest.mark.parametrize("place", ["config", "records/new.img", "new.img"])
+def test_nothing_is_restored_into_the_repository(
+    run: Run, repo: Path, backup: dict[str, Any], tmp_path: Path, place: str
+) -> None:
+    config = (repo / "config").read_bytes()
+    (tmp_path / "link").symlink_to(repo)
+
+    for target in (repo / place, tmp_path / "link" / place):
+        refused = run("restore", repo, "vm@latest", target, "--force")
+
+        assert refused.code == 1
+        assert "it lies in the repository" in refused.error_line
+    assert (repo / "config").read_bytes() == config
+    assert not list(repo.rglob("new.img")) and not list(repo.rglob("*.part"))
+    assert run("verify", repo).code == 0
+
+
 def test_restore_has_no_stream(
     run: Run, repo: Path, backup: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
