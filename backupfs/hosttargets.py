@@ -223,7 +223,9 @@ def check_lies_outside(path: str, folder: Path) -> None:
     Raises: TargetFailed.
     """
     for parent in Path(os.path.realpath(path)).parents:
-        with suppress(OSError):  # one that is not there, or not ours to see, is no repository in use
+        with suppress(
+            OSError
+        ):  # one that is not there, or not ours to see, is no repository in use
             if parent.samefile(folder):
                 reason = "it lies in the repository; name a place outside it"
                 raise TargetFailed(name=path, reason=reason)

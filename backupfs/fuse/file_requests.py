@@ -145,6 +145,9 @@ class FileRequests(Requests):
             if off + len(buf) > IMAGE_SIZE_MAX:
                 raise FUSEError(errno.EFBIG)  # and nothing counts as written
             handle.flushed_at = None
+            if handle.was_closed:
+                # Pages of a mapping are written while their program ends, the release comes later.
+                handle.was_killed |= was_killed(handle.opener.process_id)
             if staged.wants_mark:
                 await self.threads.slow(area.begin_writing, handle.handle)
             area.note_write(handle.handle)
@@ -164,7 +167,7 @@ class FileRequests(Requests):
     async def flush(self, fh: int) -> None:
         handle = self._handles[fh]
         if isinstance(handle, StagedWriter):
-            handle.flushed_at = None
+            handle.flushed_at, handle.was_closed = None, True
             number = self._inodes.number(staged_entry(handle.handle))
             await self.threads.slow(self._flush_staged, handle, number)
             if handle.staged.changed:
@@ -192,7 +195,7 @@ class FileRequests(Requests):
         handle = self._handles.pop(fh)
         if isinstance(handle, StagedWriter):
             self._writers_open -= 1
-            interrupted = was_killed(handle.opener.process_id)
+            interrupted = handle.was_killed or was_killed(handle.opener.process_id)
             async with self._a_publish(handle.staged):
                 handle.released.set()
                 await self.threads.slow(

@@ -48,6 +48,8 @@ class StagedWriter:
     opener: Opener
     flushed_at: float | None = None  # when all written through it was flushed; None: not yet, or no
     released: trio.Event = field(default_factory=trio.Event)
+    was_closed: bool = False  # once at least: what is written now may come from a mapping
+    was_killed: bool = False  # its program, while it wrote through a mapping
 
     @property
     def staged(self) -> StagedFile:

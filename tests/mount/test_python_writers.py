@@ -9,7 +9,8 @@ import sys
 import tempfile
 import threading
 
-from mounted import MIB, Mounted, assert_same, patched, random_bytes, run
+import pytest
+from mounted import MIB, Mounted, assert_same, becomes, patched, random_bytes, run
 
 IMAGE = random_bytes(8 * MIB + 50)
 
@@ -62,6 +63,27 @@ def test_mapping_made_by_a_program_that_ends_without_unmapping(mounted: Mounted)
     run(sys.executable, "-c", program, target)
 
     mounted.assert_backups("web01", IMAGE, patched(IMAGE, 0, b"after"))
+
+
+@pytest.mark.parametrize("_attempt", range(3))  # without the look at each write some succeed
+def test_program_killed_while_it_wrote_through_a_mapping_is_no_backup(
+    mounted: Mounted, _attempt: int
+) -> None:
+    """It has closed all descriptors, mmap's own too: the last close is not what completes it."""
+    program = (
+        "import mmap, os, sys, time; file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT);"
+        "size = 8 << 20; os.ftruncate(file, size); m = mmap.mmap(file, size);"
+        "os.closerange(3, 100); m[: size // 2] = os.urandom(size // 2);"
+        "open(sys.argv[2], 'x'); time.sleep(60)"
+    )
+    target, half_done = mounted.staging / "web01.img", mounted.folder / "half done"
+    writer = mounted.start(sys.executable, "-c", program, target, half_done)
+    assert becomes(half_done.exists, seconds=20)
+
+    writer.kill()
+    writer.wait(timeout=20)
+
+    assert "killed" in mounted.assert_held("web01.img", "web01")["reason"]
 
 
 def test_synced_mapping_is_seen_by_readers_at_once(mounted: Mounted) -> None:
