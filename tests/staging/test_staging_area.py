@@ -905,6 +905,28 @@ def test_publishing_that_failed_is_tried_by_the_next_daemon(location):
         assert images(service) == [IMAGE]
 
 
+def test_an_error_of_the_last_write_back_is_not_told_the_next_writer(location):
+    """Pages of a mapping come after the last close, and only the release writes them back."""
+    service, area, storage = faulty_area(location)
+    with service:
+        copy(area, "vm.img", IMAGE)
+        handle = reopen(area, "vm.img")
+        area.flush(handle, interrupted=False)
+        write(area, handle, OTHER[:CHUNK_SIZE])
+        storage.fail_at(1, FULL, stay_broken=True)
+        area.release(handle, interrupted=False)
+        storage.repair()
+        assert state(area, "vm.img").startswith("held: writing failed: no space")
+        assert content(area, "vm.img") == IMAGE, "as of the last checkpoint"
+
+        handle = reopen(area, "vm.img")
+        write(area, handle, OTHER)
+        close(area, handle)
+
+        assert images(service) == [IMAGE, OTHER]
+        area.close()
+
+
 @pytest.mark.parametrize("then", ["copied over", "renamed"])
 def test_what_comes_after_a_publish_whose_answer_was_lost_is_another_backup(location, then):
     """The id that was meant for the first is taken by it, though nobody was told."""
