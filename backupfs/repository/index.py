@@ -5,11 +5,9 @@ first 16 bytes of a blob's id (the whole id stands in the blob's header and is c
 values name a pack by a number that is never used twice, and of a difference its base. Entries of a
 pack that is gone stay behind and count as absent, as their number is no longer known.
 
-Of several copies of a blob one is listed. Of a chunk that one pack holds whole and another as a
-difference it is the whole one, whichever came first: so no two differences are ever found to be to
-each other. The one that is listed may come to be of no use, by damage, or as its pack goes, or its
-base, while another could be read. Whatever may lead to that leaves a mark (see ``gaps``), by which all
-packs are gone through once.
+Of several copies of a blob one is listed (see ``listing``). It may come to be of no use, by damage, or
+as its pack goes, or its base, while another could be read. Whatever may lead to that leaves a mark
+(see ``gaps``), by which all packs are gone through once.
 
 Which blobs are damaged, and which packs a damaged copy was met in, survives ``clear``: what was healed
 is not to be undone by an index made anew.
@@ -30,15 +28,20 @@ from typing import Any
 import lmdb
 
 from backupfs.errors import StorageUnavailable
-from backupfs.format.blob import DIFFERENCES_MAX
 from backupfs.format.pack import PackEntry
 from backupfs.repository.index_file import close_index_file, index_path, open_index_file
+from backupfs.repository.listing import (
+    KEY_SIZE,
+    LISTED_SIZES,
+    LOCATION,
+    Databases,
+    Listing,
+    base_in,
+    listed_value,
+)
 from backupfs.repository.mapped import mapped_size, unmap_pages
-from backupfs.types import BLOB_ID_SIZE, BlobId, PackId
+from backupfs.types import BlobId, PackId
 
-KEY_SIZE = 16
-LOCATION = struct.Struct("<III")  # pack number, offset, size; the base of a difference follows
-VALUE_SIZES = (LOCATION.size, LOCATION.size + BLOB_ID_SIZE)
 NUMBER = struct.Struct(">I")  # big-endian, so that numbers sort
 # What may be mapped of it and of all other files (some 14 MiB are the program) before it is unmapped.
 # Below that, which is 45 GiB of unique data, nothing is; beyond, each look-up takes some 4 us more, as
@@ -73,6 +76,7 @@ class Index:
             b"spoilt"
         )  # pack id -> b"": a damaged copy was met in it
         self._meta = environment.open_db(b"meta")
+        self._listed = Databases(blobs=self._blobs, damaged=self._damaged, suspects=self._suspects)
         self.lookup_count = 0  # blobs asked for by this process, for who measures
         self._lock = threading.Lock()
         self._generation = -1
@@ -111,12 +115,12 @@ class Index:
         locations: list[BlobLocation | None] = []
         for value in found:
             location = None
-            if value is not None and len(value) in VALUE_SIZES:
+            if value is not None and len(value) in LISTED_SIZES:
                 number, offset, size = LOCATION.unpack_from(value)
                 pack_id = pack_ids.get(number)
                 if pack_id is not None:
                     location = BlobLocation(
-                        pack_id=pack_id, offset=offset, size=size, base=_base_in(value)
+                        pack_id=pack_id, offset=offset, size=size, base=base_in(value)
                     )
             locations.append(location)
         return locations
@@ -152,44 +156,19 @@ class Index:
             number = self._next_number(transaction)
             transaction.put(NUMBER.pack(number), pack_id, db=self._packs)
             transaction.put(pack_id, NUMBER.pack(number), db=self._numbers)
-            listed, is_in_doubt = self._to_be_listed(transaction, ordered)
+            listing = self._listing(transaction)
+            listed, is_in_doubt = listing.to_be_listed(ordered)
             if transaction.get(pack_id, db=self._spoilt) is not None:
-                listed = [entry for entry in listed if not self._is_listed(transaction, entry)]
+                listed = [entry for entry in listed if listing.value(entry.blob_id) is None]
             elif transaction.stat(self._damaged)["entries"]:
-                self._note_healed(transaction, listed)
+                listing.note_healed(listed)
             transaction.cursor(db=self._blobs).putmulti(
-                [(entry.blob_id[:KEY_SIZE], _value(number, entry)) for entry in listed]
+                [(entry.blob_id[:KEY_SIZE], listed_value(number, entry)) for entry in listed]
             )
             generation = self._bump_generation(transaction)
             if is_in_doubt:
                 transaction.put(b"gaps", generation, db=self._meta)
         self._limit_mapped()
-
-    def _to_be_listed(
-        self, transaction: Any, entries: Iterable[PackEntry]
-    ) -> tuple[list[PackEntry], bool]:
-        """Those of a new pack's entries, sorted by id, that count from now on; and whether a
-        difference meets another copy of its chunk: either may be the one that can be read."""
-        known = self._known_packs(transaction)
-        listed: list[PackEntry] = []
-        is_in_doubt = False
-        for entry in entries:
-            if entry.base is not None:
-                value = transaction.get(entry.blob_id[:KEY_SIZE], db=self._blobs)
-                if value is not None and LOCATION.unpack_from(value)[0] in known:
-                    is_in_doubt |= _base_in(value) != entry.base
-                    if self._is_whole(transaction, entry.blob_id):
-                        continue
-            if listed and listed[-1].blob_id == entry.blob_id:
-                is_in_doubt |= listed[-1].base != entry.base
-            listed.append(entry)
-        return listed, is_in_doubt
-
-    def _is_listed(self, transaction: Any, entry: PackEntry) -> bool:
-        value = transaction.get(entry.blob_id[:KEY_SIZE], db=self._blobs)
-        return value is not None and LOCATION.unpack_from(value)[0] in self._known_packs(
-            transaction
-        )
 
     def _count_lookups(self, count: int) -> None:
         with self._lock:
@@ -203,16 +182,6 @@ class Index:
         """Have the pages that were looked at not count as this process's memory for ever."""
         if mapped_size() > MAPPED_SIZE_MAX:
             unmap_pages(index_path(self._folder))
-
-    def _is_whole(self, transaction: Any, blob_id: BlobId) -> bool:
-        """Whether a chunk can be read from where it is listed, without another one."""
-        value = transaction.get(blob_id[:KEY_SIZE], db=self._blobs)
-        return (
-            value is not None
-            and _base_in(value) is None
-            and LOCATION.unpack_from(value)[0] in self._known_packs(transaction)
-            and transaction.get(blob_id, db=self._damaged) is None
-        )
 
     def forget_packs(self, pack_ids: Iterable[PackId], *, leaves_gaps: bool = False) -> None:
         """Take packs out that are gone; what lay in them counts as absent.
@@ -251,40 +220,12 @@ class Index:
             number = transaction.get(pack_id, db=self._numbers)
             if number is None:
                 return []
-            known = self._known_packs(transaction)
+            listing = self._listing(transaction)
             is_spoilt = transaction.get(pack_id, db=self._spoilt) is not None
             for entry in entries:
-                key = entry.blob_id[:KEY_SIZE]
-                before = transaction.get(key, db=self._blobs)
-                place = _value(NUMBER.unpack(number)[0], entry)
-                is_absent = before is None or LOCATION.unpack_from(before)[0] not in known
-                stands = not is_absent and self._stands(transaction, entry.blob_id, before)
-                is_good = not is_spoilt and self._stands(transaction, None, place)
-                is_better = stands and entry.base is None and _base_in(before) is not None
-                if is_absent or (is_good and (is_better or not stands) and place != before):
-                    if not is_absent:
-                        self._note_healed(transaction, [entry])
-                    transaction.put(key, place, db=self._blobs)
-                    stands = self._stands(transaction, entry.blob_id, place)
-                if not stands:
+                if not listing.fill(NUMBER.unpack(number)[0], entry, is_spoilt=is_spoilt):
                     waiting.append(entry)
         return waiting
-
-    def _stands(self, transaction: Any, blob_id: BlobId | None, value: bytes) -> bool:
-        """Whether what lies at a place can be read, as far as its bases are listed and it (None: it is
-        not asked for) and they are not damaged."""
-        known = self._known_packs(transaction)
-        for _ in range(DIFFERENCES_MAX + 1):
-            if blob_id is not None and transaction.get(blob_id, db=self._damaged) is not None:
-                return False
-            blob_id = _base_in(value)
-            if blob_id is None:
-                return True
-            below = transaction.get(blob_id[:KEY_SIZE], db=self._blobs)
-            if below is None or LOCATION.unpack_from(below)[0] not in known:
-                return False
-            value = below
-        return False
 
     def close_gaps(self, mark: bytes) -> None:
         """All packs were gone through since ``gaps`` gave ``mark``."""
@@ -306,11 +247,10 @@ class Index:
         if not new:
             return
         with self._writing() as transaction:
-            known = self._known_packs(transaction)
+            listing = self._listing(transaction)
             for blob_id in new:
                 transaction.put(blob_id, b"", db=self._damaged)
-                value = transaction.get(blob_id[:KEY_SIZE], db=self._blobs)
-                pack_id = known.get(LOCATION.unpack_from(value)[0]) if value is not None else None
+                pack_id = listing.pack_of(blob_id)
                 if pack_id is not None:
                     transaction.put(pack_id, b"", db=self._spoilt)
             transaction.put(b"gaps", self._bump_generation(transaction), db=self._meta)
@@ -380,15 +320,8 @@ class Index:
                 self._generation = generation
             return self._pack_ids
 
-    def _note_healed(self, transaction: Any, entries: Iterable[PackEntry]) -> None:
-        """These blobs get a new place: what was damaged of them is no more, but for the copy."""
-        known = self._known_packs(transaction)
-        for entry in entries:
-            if transaction.delete(entry.blob_id, db=self._damaged):
-                value = transaction.get(entry.blob_id[:KEY_SIZE], db=self._blobs)
-                pack_id = known.get(LOCATION.unpack_from(value)[0]) if value is not None else None
-                if pack_id is not None:
-                    transaction.put(pack_id, b"", db=self._suspects)
+    def _listing(self, transaction: Any) -> Listing:
+        return Listing(transaction, self._listed, self._known_packs(transaction))
 
     def _databases(self) -> tuple[Any, ...]:
         """All but what must survive ``clear``."""
@@ -404,14 +337,6 @@ class Index:
         encoded = str(generation).encode()
         transaction.put(b"generation", encoded, db=self._meta)
         return encoded
-
-
-def _value(number: int, entry: PackEntry) -> bytes:
-    return LOCATION.pack(number, entry.offset, entry.size) + (entry.base or b"")
-
-
-def _base_in(value: bytes) -> BlobId | None:
-    return BlobId(bytes(value[LOCATION.size :])) if len(value) > LOCATION.size else None
 
 
 # One environment per folder and process: the library forbids a second.

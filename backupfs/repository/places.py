@@ -10,7 +10,8 @@ import threading
 from collections import OrderedDict
 
 from backupfs.format import tree
-from backupfs.repository.index import LOCATION, Index
+from backupfs.repository.index import Index
+from backupfs.repository.listing import LOCATION
 from backupfs.types import BlobId, PackId
 
 LEAVES_MAX = 2048  # of 128 places, 12 bytes each

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from lifecycle_mount import KIB, assert_same, content
 
-from backupfs.repository.index import KEY_SIZE, LOCATION, Index
+from backupfs.repository.index import Index
+from backupfs.repository.listing import KEY_SIZE, LOCATION
 from backupfs.service import Record, Service, init
 
 CHUNK_SIZE = 16 * KIB
