@@ -121,6 +121,7 @@ class ChunkStore:
             # Of damage another process may have found more than this one has heard of.
             known = listed.keys() | self._avoided.blobs | self._index.damaged()
             blobs = self._encode(new, ids, level, known, find_earlier)
+            self._packer.append(blobs)
         except BaseException as error:  # claimed blobs that never come must not be relied on
             reason = (
                 error
@@ -129,7 +130,6 @@ class ChunkStore:
             )
             self._packer.abandon(missing, reason)
             raise
-        self._packer.append(blobs)
         return StoredBatch(ids=ids, added_size=sum(len(blob.data) for blob in blobs))
 
     def _find_usable(self, blob_ids: Iterable[BlobId]) -> dict[BlobId, BlobLocation]:

@@ -4,17 +4,19 @@ A blob is *pending* from the moment a writer claims its id until its pack is dur
 index. A second writer of the same chunk meanwhile finds the claim and stores nothing; should the
 pack then fail, ``failures`` has moved, and every writer that relied on anything pending since
 it last looked must give up what it wrote. That is coarse on purpose: a repository's disk that
-fails or is full fails for all.
+fails or is full fails for all, and what waits behind a pack that has failed is dropped with it.
 
 Order, always: blobs and footer written, file synced, object in place and its folder synced, index.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
 import threading
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +35,8 @@ log = logging.getLogger(__name__)
 
 QUEUE_JOBS_MAX = 16  # of up to 1 MiB each
 SEALING_PACKS_MAX = 4
+UNLISTED_PACKS_MAX = 16  # kept open to be read while the index cannot be written
+ALIVE_SECONDS = 1.0  # after which who waits for a seal asks whether the threads still run
 # A pack of small blobs ends here, so that its footer stays small and can always be read.
 PACK_ENTRIES_MAX = 1 << 16
 WRITE_PARTS_MAX = 512  # buffers of one writev(2); the system allows 1024
@@ -95,11 +99,13 @@ class Packer:
         self._pending: dict[BlobId, _Pending] = {}
         self._claimed: dict[BlobId, _Pending] = {}  # those of the pending that are not appended yet
         self._claims_changed = threading.Condition(self._lock)
+        self._unlisted: deque[_OpenPack] = deque()  # durable, and the index did not take them
         self._open: dict[bool, _OpenPack] = {}  # data chunks under False, nodes under True
         self._failures = 0
         self._is_closed = False
         self._failure: BackupfsError = StorageUnavailable(reason="unknown")
         self._jobs: queue.Queue[list[NewBlob] | _Seal | None] = queue.Queue(QUEUE_JOBS_MAX)
+        self._kept_jobs: deque[_Seal | None] = deque()  # to be done before those of the queue
         self._sealing: queue.Queue[_OpenPack | _Seal | None] = queue.Queue(SEALING_PACKS_MAX)
         self._threads = [
             threading.Thread(target=self._run_packer, name="packer", daemon=True),
@@ -182,7 +188,10 @@ class Packer:
             self._claims_changed.wait_for(lambda: not claims.items() & self._claimed.items())
         token = _Seal()
         self._jobs.put(token)
-        token.done.wait()
+        while not token.done.wait(ALIVE_SECONDS):
+            # Closed by somebody else meanwhile: nothing behind its end is done any more.
+            if not all(thread.is_alive() for thread in self._threads) and not token.done.is_set():
+                raise StorageUnavailable(reason="the repository was closed")
         self.check(since=since)
 
     def check(self, *, since: int) -> None:
@@ -209,7 +218,7 @@ class Packer:
     # -- packer thread -------------------------------------------------------------------------
 
     def _run_packer(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self._next_job()) is not None:
             if isinstance(job, _Seal):
                 for kind in list(self._open):
                     self._sealing.put(self._open.pop(kind))
@@ -218,6 +227,9 @@ class Packer:
                 self._pack(job)
         self._sealing.put(None)
 
+    def _next_job(self) -> list[NewBlob] | _Seal | None:
+        return self._kept_jobs.popleft() if self._kept_jobs else self._jobs.get()
+
     def _pack(self, blobs: list[NewBlob]) -> None:
         for start in range(0, len(blobs), WRITE_PARTS_MAX):
             part = blobs[start : start + WRITE_PARTS_MAX]
@@ -225,7 +237,8 @@ class Packer:
             try:
                 self._write(is_node, part)
             except Exception as error:  # whatever it is must fail the writers, not hang them
-                self._fail_open(is_node, part, _reason(error))
+                self._fail_open(is_node, blobs[start:], _reason(error))
+                break
 
     def _write(self, is_node: bool, blobs: list[NewBlob]) -> None:
         pack = self._open.get(is_node)
@@ -264,13 +277,26 @@ class Packer:
 
     def _fail_open(self, is_node: bool, blobs: list[NewBlob], error: BackupfsError) -> None:
         pack = self._open.pop(is_node, None)
-        lost = {blob.blob_id for blob in blobs}
+        lost = {blob.blob_id for blob in blobs} | self._drop_waiting()
         if pack is not None:
             lost.update(entry.blob_id for entry in pack.entries)
         with self._lock:
             self._lose(lost, error)
         if pack is not None:
             self._drop_file(pack)
+
+    def _drop_waiting(self) -> set[BlobId]:
+        """The blobs that were waiting: their writers have failed with those before them, so what is
+        left of a full disk is not for them."""
+        dropped: set[BlobId] = set()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                job = self._jobs.get_nowait()
+                if isinstance(job, list):
+                    dropped.update(blob.blob_id for blob in job)
+                else:
+                    self._kept_jobs.append(job)
+        return dropped
 
     # -- sealer thread -------------------------------------------------------------------------
 
@@ -307,13 +333,23 @@ class Packer:
             self._index.add_pack(pack.pack_id, pack.entries)
         except Exception as error:  # any failure of the cache: the pack is safe and stays pending
             log.warning("index not updated for pack %s: %s", pack.pack_id.hex(), error)
+            self._unlisted.append(pack)
+            if len(self._unlisted) > UNLISTED_PACKS_MAX:
+                self._forget(self._unlisted.popleft())
             return
+        self._forget(pack)
+        while self._unlisted:  # from now on readers find them, by bringing the index in line
+            self._forget(self._unlisted.popleft())
+
+    def _forget(self, pack: _OpenPack) -> None:
+        """What lies in a durable pack is pending no more."""
         with self._lock:
             for entry in pack.entries:
                 pending = self._pending.get(entry.blob_id)
                 if pending is not None and pending.pack is pack:
                     del self._pending[entry.blob_id]
-            os.close(pack.file)
+            with contextlib.suppress(OSError):
+                os.close(pack.file)
 
     # -- both ----------------------------------------------------------------------------------
 
@@ -325,12 +361,14 @@ class Packer:
         # After the entries are gone: a writer that still found one has the older number.
         self._failure = reason
         self._failures += 1
-        log.error("blobs were not stored: %s", reason)
+        log.info("blobs were not stored: %s", reason)  # who relied on them says so
 
     def _drop_file(self, pack: _OpenPack) -> None:
-        with self._lock:
+        # Where storing it failed this may as well, and must not end the thread.
+        with self._lock, contextlib.suppress(OSError):
             os.close(pack.file)
-        pack.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            pack.path.unlink()
 
 
 def _is_to_be_stored(pending: _Pending) -> bool:

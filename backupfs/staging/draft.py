@@ -227,6 +227,12 @@ class Draft:
         self._changes += 1
 
     def _check_error(self) -> None:
+        if self._error is None and self.is_dirty:
+            # Who copies for hours is to hear of a full disk now, and not when it is closed.
+            try:
+                self._store.check(since=self._since)
+            except BackupfsError as error:
+                self._error = error
         if self._error is not None:
             raise self._error
 
@@ -248,7 +254,8 @@ class Draft:
     def _work(self, number: int, batch: Batch) -> None:
         size = len(batch) * self._chunk_size
         try:
-            self._store_batch(batch)
+            if self._error is None:  # else it is lost with what came before it
+                self._store_batch(batch)
         except BackupfsError as error:
             self._fail(error)
         except Exception as error:  # a bug must fail this draft, not hang its flush

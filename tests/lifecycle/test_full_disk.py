@@ -131,6 +131,19 @@ def test_full_disk_can_be_mounted_and_read(site: Site, disk: Disk) -> None:
     site.unmount()
 
 
+def test_program_hears_of_a_full_disk_while_it_writes(site: Site, disk: Disk) -> None:
+    """It may have hours to go, or be one that does not look at what closing says."""
+    source = site.image(content(4 * DISK_SIZE, 2), "big")
+
+    ended = site.run(
+        "qemu-img", "convert", "-O", "raw", source, site.staging / "big.img", check=False
+    )
+
+    assert ended.returncode == 1 and "error while writing" in ended.stderr
+    assert site.drafts()["big.img"]["state"] == "held"
+    assert_backup_is_whole(site)
+
+
 def test_patch_that_does_not_fit_leaves_the_head_and_its_backup(site: Site, disk: Disk) -> None:
     disk.fill(leave=256 * KIB)
     patch = site.image(content(3 * MIB, 6), "patch")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from support.parts import Parts
 from backupfs.errors import StorageError, StorageFull, StorageUnavailable
 from backupfs.format.blob import BlobEncoder, decode
 from backupfs.repository import packer as packer_module
-from backupfs.repository.packer import NewBlob, write_all_parts
+from backupfs.repository.packer import UNLISTED_PACKS_MAX, NewBlob, write_all_parts
 from backupfs.repository.rebuild import list_packs, read_footer, refresh_index
 from backupfs.types import BlobId
 
@@ -247,6 +248,80 @@ def test_a_spool_without_room_fails_what_relied_on_it_and_only_that(parts, monke
     assert reads(parts, started)
 
 
+def test_what_waits_behind_a_failed_pack_is_lost_with_it_and_seals_are_answered(parts, monkeypatch):
+    """What is left of a full disk is not for writers that have failed already."""
+    reached, go = threading.Event(), threading.Event()
+
+    def full(_file, _parts):
+        reached.set()
+        assert go.wait(10)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    waiting = [new_blob(parts, number) for number in range(2, 7)]
+    outcomes = []
+
+    def seal() -> None:
+        try:
+            parts.packer.seal(since=0)
+        except StorageFull:
+            outcomes.append("full")
+
+    with monkeypatch.context() as context:
+        context.setattr(packer_module, "write_all_parts", full)
+        put(parts, new_blob(parts, 1))
+        assert reached.wait(10)
+        put(parts, *waiting[:3])
+        sealing = threading.Thread(target=seal)
+        sealing.start()
+        while parts.packer._jobs.qsize() < 2:
+            time.sleep(0.001)
+        put(parts, *waiting[3:])
+    go.set()
+    sealing.join(10)
+
+    assert outcomes == ["full"]
+    assert parts.packer.failures == 1
+    assert not any(parts.packer.is_pending(blob.blob_id) for blob in waiting)
+    put(parts, *waiting)
+    parts.packer.seal(since=1)
+    assert all(reads(parts, blob) for blob in waiting)
+
+
+@pytest.mark.parametrize("place", ["spool", "storage"])
+def test_a_disk_that_fails_the_cleaning_up_too_fails_the_writers_and_hangs_nobody(
+    parts, monkeypatch, place
+):
+    def broken(*_arguments, **_named):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as context:
+        if place == "spool":
+            context.setattr(packer_module, "write_all_parts", broken)
+        else:
+            context.setattr(parts.storage, "put_new", broken)
+        context.setattr(Path, "unlink", broken)
+        for number in (1, 2):
+            since = parts.packer.failures
+            put(parts, new_blob(parts, number))
+            with pytest.raises(StorageUnavailable):
+                parts.packer.seal(since=since)
+
+    blob = new_blob(parts, 3)
+    put(parts, blob)
+    parts.packer.seal(since=parts.packer.failures)
+    assert reads(parts, blob)
+
+
+def test_a_seal_that_a_close_overtakes_is_told(parts):
+    parts.packer.close()
+    parts.packer._is_closed = False  # as it was when the seal had looked
+
+    with pytest.raises(StorageUnavailable, match="closed"):
+        parts.packer.seal(since=0)
+
+    parts.packer._is_closed = True
+
+
 def test_a_bug_while_packing_fails_the_writers_instead_of_hanging_them(parts, monkeypatch):
     def broken(_file, _parts):
         raise RuntimeError("a bug")
@@ -272,6 +347,29 @@ def test_an_index_that_takes_nothing_leaves_what_is_durable_readable(parts, monk
     assert reads(parts, blob)
     refresh_index(parts.storage, parts.ids, parts.index)
     assert parts.index.find(blob.blob_id) is not None
+
+
+def test_packs_that_no_index_takes_are_not_kept_open_for_ever(parts, monkeypatch):
+    def full(_pack_id, _entries):
+        raise StorageUnavailable(reason="the cache's disk is full")
+
+    before = len(os.listdir("/proc/self/fd"))
+    blobs = [new_blob(parts, number) for number in range(3 * UNLISTED_PACKS_MAX)]
+    with monkeypatch.context() as context:
+        context.setattr(parts.index, "add_pack", full)
+        for blob in blobs:
+            put(parts, blob)
+            parts.packer.seal(since=0)
+    kept = [blob for blob in blobs if parts.packer.is_pending(blob.blob_id)]
+    assert kept == blobs[-UNLISTED_PACKS_MAX:]
+    assert len(os.listdir("/proc/self/fd")) <= before + UNLISTED_PACKS_MAX + 2
+
+    put(parts, new_blob(parts, len(blobs)))
+    parts.packer.seal(since=0)
+
+    assert not any(parts.packer.is_pending(blob.blob_id) for blob in blobs)
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    assert all(reads(parts, blob) for blob in blobs)
 
 
 def test_nobody_relies_on_a_durable_pack_that_only_the_packer_knows(parts, monkeypatch):

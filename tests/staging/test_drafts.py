@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 )
 from support.faulty import FULL, UNAVAILABLE, FaultyStorage
 from support.images import CHUNK_SIZE, noise
-from support.parts import Parts, make_parts
+from support.parts import PACK_SIZE, Parts, make_parts
 
 from backupfs.errors import CorruptBlob, ImageTooLarge, StorageError, StorageFull
 from backupfs.format import tree
@@ -359,6 +359,24 @@ def test_of_two_drafts_the_failure_of_one_pack_fails_both(parts):
         draft.forgive()
         draft.write(0, shared)
         assert image_of(parts, draft.checkpoint()) == shared
+
+
+def test_a_failed_pack_fails_the_next_write_and_not_only_the_checkpoint(parts):
+    """Who copies a large image to a full disk is told when that is full."""
+    draft = new_draft(parts)
+    parts.storage.fail_at(1, FULL, stay_broken=True)
+
+    written = 0
+    with pytest.raises(StorageFull):
+        while written < 100 * PACK_SIZE:
+            draft.write(written, noise(16 * CHUNK_SIZE, seed=written))
+            written += 16 * CHUNK_SIZE
+            parts.credit.wait()
+
+    parts.storage.repair()
+    draft.forgive()
+    draft.write(0, b"again")
+    assert image_of(parts, draft.checkpoint()) == b"again"
 
 
 def test_a_failure_before_its_first_write_is_none_of_a_drafts_business(parts):
