@@ -19,9 +19,12 @@ from backupfs.repository.blobs import BlobReader
 from backupfs.repository.differences import Differences
 from backupfs.repository.index import BlobLocation, Index
 from backupfs.repository.packer import NewBlob, Packer
+from backupfs.repository.workers import Share
 from backupfs.types import HOLE, BlobId, Buffer
 
 BATCH_SIZE = 1 << 20  # bytes of plain data in one batch
+# Changed nodes that all images being written may hold in memory, 4 KiB each.
+CHANGED_NODES_MAX = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +56,7 @@ class ChunkStore:
     ) -> None:
         self.chunk_size = chunk_size
         self.batch_count = max(1, BATCH_SIZE // chunk_size)
+        self.node_share = Share(CHANGED_NODES_MAX)
         self._ids = ids
         self._index = index
         self._packer = packer
@@ -120,6 +124,9 @@ class ChunkStore:
         try:
             # Of damage another process may have found more than this one has heard of.
             known = listed.keys() | self._avoided.blobs | self._index.damaged()
+            if self._index.fleeting():
+                places = zip(wanted, self._index.find_many(list(wanted)), strict=True)
+                known |= {blob_id for blob_id, place in places if place is not None}
             blobs = self._encode(new, ids, level, known, find_earlier)
             self._packer.append(blobs)
         except BaseException as error:  # claimed blobs that never come must not be relied on

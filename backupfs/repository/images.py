@@ -19,9 +19,6 @@ from backupfs.repository.chunks import ChunkStore
 from backupfs.storage.oserrors import is_want_of_resources
 from backupfs.types import BLOB_ID_SIZE, HOLE, BlobId, ceil_div
 
-# Changed nodes held in memory, 4 KiB each; more are stored early, in the middle of an image.
-DIRTY_NODES_MAX = 2048
-
 
 @dataclass(frozen=True, slots=True)
 class Root:
@@ -139,6 +136,7 @@ class TreeEditor:
         self._root = root.root
         self._height = root.height
         self._dirty: dict[tuple[int, int], bytearray] = {}
+        self._has_share = False  # of the nodes that all editors together may hold
         self.data_count = data_count  # chunks that are no holes
         self.added_size = 0  # bytes of nodes stored by this editor
 
@@ -163,8 +161,10 @@ class TreeEditor:
             was_data = any(node[start : start + BLOB_ID_SIZE])
             self.data_count += (blob_id != HOLE) - was_data
             node[start : start + BLOB_ID_SIZE] = blob_id
-        if len(self._dirty) > DIRTY_NODES_MAX:
-            self._store_dirty()
+        self._take_share()
+        if len(self._dirty) > self._store.node_share.part():
+            self._store_dirty()  # in the middle of an image
+            self._take_share()
 
     def cut(self, chunk_count: int) -> None:
         """Turn all chunks from ``chunk_count`` on into holes. Raises: DamageError, StorageError."""
@@ -176,6 +176,7 @@ class TreeEditor:
             self.data_count -= self._count_data(self._root, self._height, 0, chunk_count)
             for level in range(1, self._height + 1):
                 self._cut_level(level, chunk_count)
+        self._take_share()
 
     def fit(self, height: int) -> None:
         """Give the tree another height; what does not fit is cut off already."""
@@ -190,7 +191,23 @@ class TreeEditor:
         Raises: StorageError.
         """
         self._store_dirty()
+        self._take_share()
         return Root(self._root, self._height)
+
+    def give_up(self) -> None:
+        """Forget what was changed; nobody uses this any more."""
+        self._dirty.clear()
+        self._take_share()
+
+    def _take_share(self) -> None:
+        """Take part in what may be held, or leave it to the others, as there is something or not."""
+        if bool(self._dirty) == self._has_share:
+            return
+        self._has_share = bool(self._dirty)
+        if self._has_share:
+            self._store.node_share.join()
+        else:
+            self._store.node_share.leave()
 
     def _node(self, level: int, index: int) -> bytes | bytearray:
         dirty = self._dirty.get((level, index))

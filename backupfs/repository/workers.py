@@ -99,8 +99,8 @@ class Credit:
             return True
 
 
-class OpenShare:
-    """How many chunks written in part each draft may keep, of what all together may. Thread-safe.
+class Share:
+    """How many things of a kind each user may keep in memory, of what all may. Thread-safe.
 
     One writer alone gets all of it; many at once must not make the process grow.
     """
@@ -119,5 +119,5 @@ class OpenShare:
             self._users -= 1
 
     def part(self) -> int:
-        """Chunks for each of those that have joined; always room for two."""
+        """How many for each of those that have joined; always room for two."""
         return max(2, self._count_max // max(1, self._users))

@@ -22,7 +22,7 @@ from backupfs.format import tree
 from backupfs.repository.blobs import BlobReader
 from backupfs.repository.chunks import ChunkStore
 from backupfs.repository.images import EMPTY, Root, TreeEditor, leaf_ids
-from backupfs.repository.workers import Credit, OpenShare, Workers
+from backupfs.repository.workers import Credit, Share, Workers
 from backupfs.staging.pending import Batch, PendingChunks
 from backupfs.types import HOLE, IMAGE_SIZE_MAX, BlobId, Buffer
 
@@ -49,7 +49,7 @@ class Draft:
         store: ChunkStore,
         workers: Workers,
         credit: Credit,
-        share: OpenShare,
+        share: Share,
         content: Content = NO_CONTENT,
         alike: Root = EMPTY,
     ) -> None:
@@ -318,6 +318,7 @@ class Draft:
             self._idle.wait_for(lambda: not self._jobs)
         with self._tree_lock, self._lock:
             self._pending.drop_from(0)
+            self._tree.give_up()
             self._tree = self._tree_of(self._saved)
             self._size = self._saved.size
             self._saved_changes = self._changes

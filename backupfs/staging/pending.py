@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from backupfs.repository.workers import OpenShare
+from backupfs.repository.workers import Share
 from backupfs.staging.extents import Extents
 from backupfs.types import Buffer
 
@@ -46,7 +46,7 @@ Batch = list[tuple[int, PendingChunk]]
 class PendingChunks:
     """All pending chunks of one draft, by chunk index."""
 
-    def __init__(self, *, chunk_size: int, batch_count: int, share: OpenShare) -> None:
+    def __init__(self, *, chunk_size: int, batch_count: int, share: Share) -> None:
         self._chunk_size = chunk_size
         self._batch_count = batch_count
         self._share = share

@@ -21,7 +21,7 @@ from backupfs.errors import (
 )
 from backupfs.repository import repository as repository_module
 from backupfs.repository.repository import Repository
-from backupfs.repository.workers import Credit, OpenShare, Workers
+from backupfs.repository.workers import Credit, Share, Workers
 from backupfs.service import Service, init
 
 
@@ -207,7 +207,7 @@ def test_credit_holds_writers_back_until_it_is_below_its_limit():
 
 
 def test_open_chunks_are_shared_by_those_who_have_some():
-    share = OpenShare(12)
+    share = Share(12)
     assert share.part() == 12
 
     for parts in (12, 6, 4):

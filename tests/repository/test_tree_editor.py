@@ -13,7 +13,6 @@ from support.parts import Parts
 from backupfs.errors import DamageError, MissingBlob
 from backupfs.format import tree
 from backupfs.format.tree import FANOUT, HOLE_NODE, NODE_SIZE
-from backupfs.repository import images
 from backupfs.repository.blobs import BlobReader
 from backupfs.repository.chunks import StoredBatch
 from backupfs.repository.images import (
@@ -24,6 +23,7 @@ from backupfs.repository.images import (
     leaf_ids,
     walk,
 )
+from backupfs.repository.workers import Share
 from backupfs.types import HOLE, BlobId
 
 # Every edge of a node, of two levels and of three, and places in between.
@@ -43,6 +43,7 @@ class NodesInMemory:
     def __init__(self) -> None:
         self.nodes: dict[tuple[BlobId, int], bytes] = {}
         self.stored_count = 0
+        self.node_share = Share(2048)
 
     def node(self, blob_id: BlobId, level: int) -> bytes:
         if blob_id == HOLE:
@@ -91,11 +92,7 @@ class EditedTree(RuleBasedStateMachine):
         self.chunks: dict[int, BlobId] = {}
         self.count = 0  # chunks of the image, holes among them
         self.saved: list[tuple[Root, dict[int, BlobId], int, int]] = []
-        self.before = images.DIRTY_NODES_MAX
-        images.DIRTY_NODES_MAX = dirty_max
-
-    def teardown(self) -> None:
-        images.DIRTY_NODES_MAX = self.before
+        self.memory.node_share = Share(dirty_max)
 
     @rule(
         changes=st.lists(
@@ -295,3 +292,21 @@ def test_walking_names_every_chunk_once_in_order(places):
     ]
 
     assert found == sorted(places)
+
+
+def test_many_editors_together_hold_no_more_nodes_than_one():
+    memory = NodesInMemory()
+    editors = [editor(memory) for _ in range(16)]
+
+    for place in range(1000):
+        for number, one in enumerate(editors, 1):
+            one.put([(place * FANOUT, chunk_id(number))])
+
+    assert sum(len(one._dirty) for one in editors) <= 2048 + len(editors)
+    for one in editors[1:]:
+        one.flush()
+    assert memory.node_share.part() == 2048, "those that hold nothing leave it to the others"
+    editors[0].give_up()
+    for place in range(1000):
+        editors[1].put([(place * FANOUT, chunk_id(place + 1))])
+    assert len(editors[1]._dirty) == 1000

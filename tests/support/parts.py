@@ -15,7 +15,7 @@ from backupfs.repository.chunks import ChunkStore
 from backupfs.repository.index import Index
 from backupfs.repository.packer import Packer
 from backupfs.repository.rebuild import refresh_index
-from backupfs.repository.workers import Credit, OpenShare, Workers
+from backupfs.repository.workers import Credit, Share, Workers
 from backupfs.storage.local import LocalStorage
 
 
@@ -32,7 +32,7 @@ class Parts:
     store: ChunkStore
     workers: Workers
     credit: Credit
-    share: OpenShare
+    share: Share
     spool: Path
 
     def close(self) -> None:
@@ -85,6 +85,6 @@ def make_parts(folder: Path, storage: LocalStorage, *, pack_size: int = PACK_SIZ
         store=store,
         workers=Workers(2),
         credit=Credit(8 << 20),
-        share=OpenShare(64),
+        share=Share(64),
         spool=spool,
     )
