@@ -39,6 +39,7 @@ from backupfs.repository.sessions import (
 )
 from backupfs.storage.locks import FileLock, holder, try_lock
 from backupfs.storage.oserrors import is_want_of_resources, translated
+from backupfs.storage.ownership import match_owner
 from backupfs.types import BlobId, PackId, Progress
 
 log = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ class _Reserve:
         with contextlib.suppress(OSError):
             if not self._path.exists() or self._path.stat().st_size < RESERVE_SIZE:
                 self._path.write_bytes(self._ambient.random_bytes(RESERVE_SIZE))
+                match_owner(self._path)
 
 
 class _Run:

@@ -43,10 +43,11 @@ from backupfs.repository.rebuild import refresh_index
 from backupfs.repository.record_cache import RecordCache
 from backupfs.repository.records import RecordLoader, RecordStore
 from backupfs.repository.sessions import Session
-from backupfs.repository.workers import Credit, OpenShare, Workers
+from backupfs.repository.workers import Credit, Share, Workers
 from backupfs.storage.local import LocalStorage, make_folders, sync_folder
 from backupfs.storage.locate import local_folder, open_storage
 from backupfs.storage.oserrors import translated
+from backupfs.storage.ownership import match_owner
 
 # How long to wait for another process that publishes, or whose gc is in the way.
 LOCK_SECONDS_MAX = 60.0
@@ -87,7 +88,7 @@ def init_repository(
     with translated():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RepositoryExists(location=location)
-        make_folders(folder, mode=0o700)
+        make_folders(folder, mode=0o700, is_private=True)
         for name in ("packs", "records", "metadata", "sessions", "plans", "drafts", "spool"):
             (folder / name).mkdir()
         with (folder / "spool" / RESERVE_NAME).open("wb") as file:
@@ -122,6 +123,7 @@ class Writer:
         try:
             with translated():
                 self._spool.mkdir(parents=True)
+                match_owner(self._spool)
         except BaseException:  # whatever it was, nobody else will end the session
             self.session.close()  # or gc would wait for a writer that never was
             raise
@@ -145,7 +147,7 @@ class Writer:
         )
         self.workers = Workers(min(os.cpu_count() or 1, WORKERS_MAX))
         self.credit = Credit(CREDIT_SIZE)
-        self.open_share = OpenShare(OPEN_SIZE_MAX // config.chunk_size)
+        self.open_share = Share(OPEN_SIZE_MAX // config.chunk_size)
         repository.reader.attach(self.packer)
         self.session.settle = self._settle_packs
 
@@ -243,10 +245,12 @@ class Repository:
                 return
             self._is_closed = True
             writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.close()
-        self.index.close()
-        self.storage.close()
+        try:
+            if writer is not None:
+                writer.close()
+        finally:
+            self.index.close()
+            self.storage.close()
 
     def writer(self) -> Writer:
         """The writing parts, started if need be. Raises: StorageError."""

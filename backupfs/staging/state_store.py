@@ -33,6 +33,7 @@ from backupfs.repository.marking import DRAFT_SUFFIX, DRAFTS
 from backupfs.storage.local import make_folders, replace_file, sync_folder
 from backupfs.storage.locks import FileLock, holder, is_held, try_lock
 from backupfs.storage.oserrors import translated
+from backupfs.storage.ownership import match_owner
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +122,7 @@ class StateStore:
         path = self._folder / f"{draft_id}.{sequence}{WRITING_SUFFIX}"
         with translated():
             path.touch()
+            match_owner(path)
             for older in self._marks[draft_id].keys() - {path}:
                 older.unlink(missing_ok=True)
         self._marks[draft_id] = {path: sequence}

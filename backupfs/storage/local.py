@@ -19,7 +19,8 @@ from pathlib import Path
 from backupfs.ambient import Ambient
 from backupfs.errors import CorruptObject, ObjectExists, ObjectNotFound, StorageUnavailable
 from backupfs.storage.base import ObjectInfo, SpooledFile
-from backupfs.storage.oserrors import storage_error, translated
+from backupfs.storage.oserrors import is_wanting, reading_error, storage_error, translated
+from backupfs.storage.ownership import match_owner
 from backupfs.types import Buffer, ObjectName
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ SETTLED_NS = 2_000_000_000
 
 # Links are refused by some file systems (FAT, some network ones); there a rename must do.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS}
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS, errno.ENOENT}
 _NO_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
 
 
@@ -66,14 +68,22 @@ class LocalStorage:
             else:
                 self._take_in(self._write_temporary(target, data), target)
 
+    def replace(self, name: ObjectName, data: Buffer) -> None:
+        """Have ``data`` in place of an object that is damaged: there is always the one or the other.
+
+        Raises: StorageError.
+        """
+        with translated():
+            replace_file(self.folder / name, data, token=self._ambient.random_bytes(8).hex())
+
     def get(self, name: ObjectName, *, size_max: int) -> bytes:
         try:
-            with (self.folder / name).open("rb") as file:
+            with open(self.folder / name, "rb", opener=_open_file) as file:
                 data = file.read(size_max + 1)
         except FileNotFoundError as error:
             raise ObjectNotFound(name=name) from error
         except OSError as error:
-            raise storage_error(error) from error
+            raise reading_error(error) from error
         if len(data) > size_max:
             raise CorruptObject(name=name, reason=f"it is larger than {size_max} bytes")
         return data
@@ -84,7 +94,7 @@ class LocalStorage:
         except FileNotFoundError as error:
             raise ObjectNotFound(name=name) from error
         except OSError as error:
-            raise storage_error(error) from error
+            raise reading_error(error) from error
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         with translated():
@@ -119,15 +129,21 @@ class LocalStorage:
             for name in [name for name, file in self._open_files.items() if not _has_name(file)]:
                 os.close(self._open_files.pop(name))
 
-    def make_lasting(self, names: Iterable[ObjectName]) -> None:
-        """Have these objects survive a power cut, also if who puts them has not come to that yet."""
-        folders = {path for name in names for path in (self.folder / name).parents}
-        for folder in sorted(path for path in folders if path.is_relative_to(self.folder)):
-            try:
-                sync_folder(folder)
-            except OSError as error:
-                # Who only reads must be able to, from a broken disk too; who writes will be told.
-                log.warning("%s cannot be synced: %s", folder, error.strerror)
+    def make_lasting(self, names: Iterable[ObjectName]) -> set[ObjectName]:
+        """Have these objects survive a power cut, also if who puts them has not come to that yet.
+
+        Returns those of which that cannot be said, as the disk fails. Where a file system cannot sync
+        its folders at all nobody is told otherwise. Raises: StorageUnavailable (want of resources).
+        """
+        above = {name: self._folders_of(name) for name in names}
+        failed = {
+            folder for folder in sorted(set().union(*above.values())) if not _is_synced(folder)
+        }
+        return {name for name, folders in above.items() if folders & failed}
+
+    def _folders_of(self, name: ObjectName) -> set[Path]:
+        parents = (self.folder / name).parents
+        return {folder for folder in parents if folder.is_relative_to(self.folder)}
 
     def names(self, prefix: str) -> set[str]:
         """The names in one folder, without those that ``list`` leaves out; nothing is looked at."""
@@ -175,6 +191,7 @@ class LocalStorage:
         )
         file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
+            match_owner(temporary)
             write_all(file, data)
             os.fsync(file)
         except OSError:
@@ -265,6 +282,11 @@ class LocalStorage:
             os.close(self._open_files.popitem()[1])
 
 
+def _open_file(path: str, flags: int) -> int:
+    """Without waiting: what somebody put here may be a pipe that nobody writes to."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
 def open_files_max() -> int:
     """How many files one storage keeps open, by the limit of this process as it is now."""
     limit, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -280,6 +302,19 @@ def _has_name(file: int) -> bool:
         return False
 
 
+def _is_synced(folder: Path) -> bool:
+    try:
+        sync_folder(folder)
+    except OSError as error:
+        if error.errno in _NO_FOLDER_SYNC:
+            return True
+        if is_wanting(error):
+            raise storage_error(error) from error
+        log.warning("%s cannot be synced: %s", folder, error.strerror)
+        return False
+    return True
+
+
 def replace_file(path: Path, data: Buffer, *, token: str) -> None:
     """Give a file new content, all or nothing; durable on return. Raises: OSError.
 
@@ -288,6 +323,7 @@ def replace_file(path: Path, data: Buffer, *, token: str) -> None:
     temporary = path.with_name(f".{path.name}.{token}.tmp")
     file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
+        match_owner(temporary)
         write_all(file, data)
         os.fsync(file)
         temporary.replace(path)
@@ -350,11 +386,17 @@ def same_bytes(first: Path, second: Path) -> bool:
                 return True
 
 
-def make_folders(folder: Path, *, mode: int = 0o777) -> None:
-    """Make a folder, and what is missing above it; its name is durable on return. Raises: OSError."""
+def make_folders(folder: Path, *, mode: int = 0o777, is_private: bool = False) -> None:
+    """Make a folder, and what is missing above it; its name is durable on return. Raises: OSError.
+
+    Made by root it is for the owner of what lies above, unless it ``is_private``.
+    """
     if not folder.parent.is_dir():
-        make_folders(folder.parent)
-    folder.mkdir(exist_ok=True, mode=mode)
+        make_folders(folder.parent, is_private=is_private)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=mode)
+        if not is_private:
+            match_owner(folder)
     # Also where it is there: who made it may not have come to this.
     sync_folder(folder.parent)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from backupfs.ambient import Ambient
 from backupfs.errors import LockTimeout
 from backupfs.storage.oserrors import translated
+from backupfs.storage.ownership import match_owner
 
 HOLDER_SIZE_MAX = 1024
 POLL_SECONDS = 0.005
@@ -39,18 +40,22 @@ class FileLock:
         """Give the lock up; with ``remove`` its file goes first, so nobody finds it unheld."""
         if self._file is None:
             return
-        if remove:
-            self.path.unlink(missing_ok=True)
-        os.close(self._file)
-        self._file = None
+        file, self._file = self._file, None
+        # A disk that has failed must not keep anybody from giving it up.
+        with contextlib.suppress(OSError):
+            if remove:
+                self.path.unlink()
+        os.close(file)
 
 
 def try_lock(path: Path) -> FileLock | None:
     """Take the lock at ``path``, made if absent; None where another holds it."""
     with translated():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            match_owner(path.parent)
         while True:
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            file = _open_lock(path)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -62,6 +67,17 @@ def try_lock(path: Path) -> FileLock | None:
             if _is_still(file, path):
                 return FileLock(path, file)
             os.close(file)  # its last holder removed it between our open and lock
+
+
+def _open_lock(path: Path) -> int:
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except PermissionError:
+        # Another user's: it can be held all the same, and only our name not be left in it.
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    if not os.fstat(file).st_size:
+        match_owner(path)
+    return file
 
 
 @contextlib.contextmanager

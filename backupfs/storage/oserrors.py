@@ -32,10 +32,19 @@ def storage_error(error: OSError) -> StorageError:
     return StorageUnavailable(reason=reason)
 
 
+def reading_error(error: OSError) -> StorageUnavailable:
+    """The same of an object that was to be read: nothing was to be written."""
+    return StorageUnavailable(reason=storage_error(error).reason)
+
+
 def is_want_of_resources(error: StorageUnavailable) -> bool:
     """Whether this process, or its host, ran out of something: that says nothing of the disk."""
-    cause = error.__cause__
-    return isinstance(cause, OSError) and cause.errno in _WANTING
+    return isinstance(error.__cause__, OSError) and is_wanting(error.__cause__)
+
+
+def is_wanting(error: OSError) -> bool:
+    """The same of the system's own error."""
+    return error.errno in _WANTING
 
 
 @contextmanager

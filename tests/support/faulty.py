@@ -59,6 +59,9 @@ class FaultyStorage(LocalStorage):
     def put_new(self, name: ObjectName, data: Buffer | SpooledFile) -> None:
         self._call("put_new", name, lambda: super(FaultyStorage, self).put_new(name, data))
 
+    def replace(self, name: ObjectName, data: Buffer) -> None:
+        self._call("replace", name, lambda: super(FaultyStorage, self).replace(name, data))
+
     def get(self, name: ObjectName, *, size_max: int) -> bytes:
         return self._call(
             "get", name, lambda: super(FaultyStorage, self).get(name, size_max=size_max)

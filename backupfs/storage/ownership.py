@@ -1,0 +1,20 @@
+"""Keeps a repository usable by its owner when root works in it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+
+def match_owner(path: Path) -> None:
+    """Give what was just made to the owner of the folder it lies in, where that is not us.
+
+    A single gc by root would else leave locks and folders that the repository's owner cannot use.
+    """
+    if os.geteuid() != 0:
+        return
+    with contextlib.suppress(OSError):  # of a file system without owners, or one that squashes root
+        above = path.parent.stat()
+        if (above.st_uid, above.st_gid) != (0, 0):
+            os.chown(path, above.st_uid, above.st_gid)
