@@ -36,52 +36,51 @@ def import_record(repository: Repository, catalogue: Catalogue, data: bytes) -> 
     record = decode_record(data, repository.ids)
     _check_fits(repository, record)
     # gc waits meanwhile: what is reachable now is so until the record says that it is needed.
-    with (
-        held_lock(
-            gc_lock_path(repository.folder),
-            repository.ambient,
-            what="gc to end, or an import",
-            seconds_max=repository.lock_seconds_max,
-        ),
-        publishing(repository),
+    with held_lock(
+        gc_lock_path(repository.folder),
+        repository.ambient,
+        what="gc to end, or an import",
+        seconds_max=repository.lock_seconds_max,
     ):
         catalogue.refresh()
-        earlier = catalogue.get(record.backup_id)
-        if earlier is not None:
-            if earlier != record:
-                raise BackupExists(backup_id=record.backup_id)
-            _replace_damaged(repository, record)  # known from memory, perhaps
-            return record, True
-        other = catalogue.by_name(record.volume, record.name)
-        if other is not None:
-            raise BackupExists(backup_id=other.backup_id)
-        repository.refresh_index()
-        _check_reachable(repository, record)
-        _put(repository, record)
+        is_reachable = catalogue.get(record.backup_id) is None
+        if is_reachable:
+            # Of a large image this takes minutes: nobody who publishes is to wait for it.
+            repository.refresh_index()
+            _check_reachable(repository, record)
+        with publishing(repository):
+            catalogue.refresh()
+            earlier = catalogue.get(record.backup_id)
+            if earlier is not None:
+                if earlier != record:
+                    raise BackupExists(backup_id=record.backup_id)
+                _put(repository, record)  # known from memory, perhaps
+                return record, True
+            other = catalogue.by_name(record.volume, record.name)
+            if other is not None:
+                raise BackupExists(backup_id=other.backup_id)
+            if not is_reachable:  # it was there, and was deleted just now
+                _check_reachable(repository, record)
+            _put(repository, record)
     catalogue.add(record)
     return record, False
 
 
 def _put(repository: Repository, record: Record) -> None:
-    """Write the record, in place of a damaged one of the same backup."""
+    """Write the record, in place of a damaged one of the same backup. Where it is there already, it is
+    durable then, whether or not who wrote it came to that."""
     try:
         repository.records.put(record)
     except ObjectExists:
-        if not _replace_damaged(repository, record):
-            raise
-
-
-def _replace_damaged(repository: Repository, record: Record) -> bool:
-    """Write the record if what is stored of it is damaged; whether it was."""
-    try:
-        repository.records.get(record.backup_id)
-    except ObjectNotFound:
-        return False  # deleted just now
-    except CorruptObject:
-        repository.records.delete(record.backup_id)
-        repository.records.put(record)
-        return True
-    return False
+        try:
+            stored = repository.records.get(record.backup_id)
+        except CorruptObject:
+            repository.records.replace(record)
+        except ObjectNotFound:  # deleted just now
+            repository.records.put(record)
+        else:
+            if stored != record:
+                raise
 
 
 def _check_fits(repository: Repository, record: Record) -> None:

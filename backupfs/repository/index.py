@@ -75,6 +75,7 @@ class Index:
         self._spoilt = environment.open_db(
             b"spoilt"
         )  # pack id -> b"": a damaged copy was met in it
+        self._fleeting = environment.open_db(b"fleeting")  # pack id -> b"": see ``set_fleeting``
         self._meta = environment.open_db(b"meta")
         self._listed = Databases(blobs=self._blobs, damaged=self._damaged, suspects=self._suspects)
         self.lookup_count = 0  # blobs asked for by this process, for who measures
@@ -100,7 +101,8 @@ class Index:
         return self._find(blob_ids, with_damaged=True)
 
     def find_usable(self, blob_ids: Sequence[BlobId]) -> list[BlobLocation | None]:
-        """The same for who means to rely on it: None also where a blob is marked as damaged."""
+        """The same for who means to rely on it: None also where a blob is marked as damaged, or lies in
+        a pack of which nobody can say that it stays."""
         return self._find(blob_ids, with_damaged=False)
 
     def _find(self, blob_ids: Sequence[BlobId], *, with_damaged: bool) -> list[BlobLocation | None]:
@@ -112,13 +114,14 @@ class Index:
                 for place, blob_id in enumerate(blob_ids):
                     if transaction.get(blob_id, db=self._damaged) is not None:
                         found[place] = None
+            fleeting = set() if with_damaged else self._fleeting_packs(transaction)
         locations: list[BlobLocation | None] = []
         for value in found:
             location = None
             if value is not None and len(value) in LISTED_SIZES:
                 number, offset, size = LOCATION.unpack_from(value)
                 pack_id = pack_ids.get(number)
-                if pack_id is not None:
+                if pack_id is not None and pack_id not in fleeting:
                     location = BlobLocation(
                         pack_id=pack_id, offset=offset, size=size, base=base_in(value)
                     )
@@ -201,6 +204,28 @@ class Index:
             generation = self._bump_generation(transaction)
             if leaves_gaps:
                 transaction.put(b"gaps", generation, db=self._meta)
+
+    def set_fleeting(self, pack_ids: Iterable[PackId]) -> None:
+        """These packs, and no others, are there, but may be gone after a power cut: their names could
+        not be made durable. They can be read, and nobody relies on them."""
+        pack_ids = set(pack_ids)
+        if pack_ids == self.fleeting():
+            return
+        with self._writing() as transaction:
+            transaction.drop(self._fleeting, delete=False)
+            for pack_id in pack_ids:
+                transaction.put(pack_id, b"", db=self._fleeting)
+
+    def fleeting(self) -> set[PackId]:
+        """Packs of which nobody can say that they stay; empty but for bad luck."""
+        with self._reading() as transaction:
+            return self._fleeting_packs(transaction)
+
+    def _fleeting_packs(self, transaction: Any) -> set[PackId]:
+        if not transaction.stat(self._fleeting)["entries"]:
+            return set()
+        with transaction.cursor(db=self._fleeting) as cursor:
+            return {PackId(bytes(pack_id)) for pack_id in cursor.iternext(values=False)}
 
     def gaps(self) -> bytes | None:
         """None, or a mark that blobs may count as absent, or be listed where they cannot be read, of

@@ -104,7 +104,7 @@ def _environment(folder: Path) -> Any:
             return lmdb.open(
                 str(index_path(folder)),
                 map_size=map_size,
-                max_dbs=8,
+                max_dbs=16,
                 max_readers=READERS_MAX,
                 subdir=False,
                 sync=False,

@@ -7,7 +7,7 @@ whose footer cannot be read is reported and left out; its blobs count as absent 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 
 from backupfs.errors import CorruptObject, ObjectNotFound, StorageUnavailable
 from backupfs.format.blob import DIFFERENCES_MAX
@@ -66,7 +66,7 @@ def refresh_index(
     ids: IdScheme,
     index: Index,
     *,
-    make_lasting: Callable[[Iterable[ObjectName]], object] = lambda _names: None,
+    make_lasting: Callable[[Iterable[ObjectName]], Set[ObjectName]] = lambda _names: frozenset(),
     fills_gaps: bool = True,
 ) -> list[CorruptObject]:
     """Make the index list just the packs that exist; what is wrong with those it could not take.
@@ -74,6 +74,7 @@ def refresh_index(
     ``fills_gaps``: whether to go through all packs, where something may have another copy.
     ``make_lasting`` gets the packs that are new, before they are listed: one may be seen while who
     stores it is still about to make its name durable, and who finds it in the index relies on it.
+    On those that it returns, as it could not, nobody relies until a later refresh can.
 
     Raises: StorageError, and what ``make_lasting`` does.
     """
@@ -82,7 +83,9 @@ def refresh_index(
     known = index.pack_ids()
     existing = list_packs(storage)
     new = existing.keys() - known
-    make_lasting(pack_name(pack_id) for pack_id in new)
+    in_doubt = new | (index.fleeting() & existing.keys())
+    fleeting = make_lasting([pack_name(pack_id) for pack_id in in_doubt])
+    index.set_fleeting(pack_id for pack_id in in_doubt if pack_name(pack_id) in fleeting)
     # Before those that are gone are forgotten: gc may have moved blobs from these into new ones, and
     # another process that has this index looks for them meanwhile.
     damage = list(_take_in(storage, ids, index, sorted(new), existing))

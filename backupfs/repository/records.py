@@ -20,7 +20,6 @@ from backupfs.format.record import (
     record_name,
 )
 from backupfs.repository.record_cache import BLOCK_LENGTH_MAX, KeptRecord, RecordCache
-from backupfs.storage.base import Storage
 from backupfs.storage.local import LocalStorage
 from backupfs.storage.oserrors import is_want_of_resources
 from backupfs.types import ObjectName
@@ -43,7 +42,7 @@ def as_damage(name: ObjectName, error: UnreadableError) -> CorruptObject:
 class RecordStore:
     """The records of one repository."""
 
-    def __init__(self, storage: Storage, ids: IdScheme, config: RepositoryConfig) -> None:
+    def __init__(self, storage: LocalStorage, ids: IdScheme, config: RepositoryConfig) -> None:
         self._storage = storage
         self._id_scheme = ids
         self._config = config
@@ -61,6 +60,13 @@ class RecordStore:
         if decode_record(data, self._id_scheme) != record:
             raise InvalidRecord(reason="it would not be read again as it is")
         self._storage.put_new(record.object_name, data)
+
+    def replace(self, record: Record) -> None:
+        """Write a record in place of its damaged one: a crash leaves the one or the other.
+
+        Raises: StorageError.
+        """
+        self._storage.replace(record.object_name, encode_record(record, self._id_scheme))
 
     def get(self, backup_id: str) -> Record:
         """Raises: ObjectNotFound, CorruptObject, StorageError."""

@@ -38,6 +38,7 @@ from backupfs.staging.lifecycle import (
     likely_path,
     why_not_published,
 )
+from backupfs.staging.publish import make_lasting
 from backupfs.staging.staged_file import StagedFile
 from backupfs.staging.state_store import StateStore
 from backupfs.staging.write_handle import WriteHandle
@@ -150,8 +151,11 @@ class StagingArea:
                 self._check_name(new, but=old)
                 replaced = self._files.get(new)
                 self._keep_as(staged, new)
-                del self._files[old]
+                # Never in neither list: gc, which is answered from these, would not hear of it.
+                if replaced is not None:
+                    self._nameless.add(replaced)
                 self._files[new] = staged
+                del self._files[old]
                 if replaced is not None:
                     self._forget_replaced(replaced)
             self._decider.decide(staged)
@@ -159,7 +163,6 @@ class StagingArea:
     def _forget_replaced(self, staged: StagedFile) -> None:
         """The rename is done and durable. A state that cannot be removed is older than that of the
         file which has its name now, so the next start knows what to do with it."""
-        self._nameless.add(staged)
         try:
             self._keeper.forget(staged)
         except StorageError as error:
@@ -406,6 +409,11 @@ class StagingArea:
             content.size,
             content.root.root,
         ):
+            try:
+                make_lasting(self._repository, published)
+            except StorageError as error:
+                self._decider.hold(staged, f"publishing failed: {error}")
+                return
             staged.became_backup(published.backup_id, self._ambient.new_uuid())
             self._keeper.save_if_possible(staged)
             self._states.unmark_writing(staged.draft_id)  # void with it, or later writes are held

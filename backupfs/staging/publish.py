@@ -6,18 +6,21 @@ complete. A short lock per repository keeps two publishers from choosing one nam
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from backupfs.catalogue import Catalogue
-from backupfs.errors import BackupExists, ObjectExists
-from backupfs.format.names import backup_name
+from backupfs.errors import BackupExists, ObjectExists, StorageUnavailable
+from backupfs.format.names import backup_name, stamp_of
 from backupfs.format.record import KIND_FULL, KIND_INCREMENTAL, Description, Record
 from backupfs.repository.repository import Repository
 from backupfs.staging.draft import Content
 from backupfs.storage.locks import FileLock, held_lock
+
+log = logging.getLogger(__name__)
 
 # Stands for the volume's latest backup where a parent is asked for.
 LATEST = "latest"
@@ -56,6 +59,7 @@ def publish(
         if earlier is not None:
             same = (earlier.volume, earlier.root, earlier.size)
             if same == (publication.volume, content.root.root, content.size):
+                make_lasting(repository, earlier)
                 return earlier
             raise BackupExists(backup_id=publication.backup_id)
         parent = find_parent(catalogue, publication)
@@ -91,7 +95,28 @@ def publish(
         except ObjectExists as error:  # one that cannot be read, or it would have been found
             raise BackupExists(backup_id=record.backup_id) from error
     catalogue.add(record)
+    _warn_of_the_future(catalogue, record, ambient.now())
     return record
+
+
+def _warn_of_the_future(catalogue: Catalogue, record: Record, now: datetime) -> None:
+    latest = catalogue.latest(record.volume)
+    if latest is not None and latest.data_timestamp > max(now, record.data_timestamp):
+        log.warning(
+            "the latest backup of volume %r is dated %s, which is to come: a clock was ahead",
+            record.volume,
+            stamp_of(latest.data_timestamp),
+        )
+
+
+def make_lasting(repository: Repository, record: Record) -> None:
+    """Who wrote the record may have died, or failed, before it was durable; now it is.
+
+    Raises: StorageUnavailable.
+    """
+    if repository.storage.make_lasting([record.object_name]):
+        reason = f"backup {record.backup_id} is there, but the disk does not say that it stays"
+        raise StorageUnavailable(reason=reason)
 
 
 def find_parent(catalogue: Catalogue, publication: Publication) -> Record | None:

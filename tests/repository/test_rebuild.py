@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from support.faulty import SteppedStorage
-from support.images import back_up, is_clean, noise, restored
+from support.images import CHUNK_SIZE, back_up, is_clean, noise, restored
 
 from backupfs.ambient import Ambient
-from backupfs.errors import CorruptObject
+from backupfs.errors import CorruptObject, StorageUnavailable
 from backupfs.format.ids import IdScheme
 from backupfs.format.pack import pack_name
+from backupfs.repository.images import Root, leaf_ids
 from backupfs.repository.rebuild import list_packs, read_footer, refresh_index
 from backupfs.repository.repository import Repository
 from backupfs.service import Service
@@ -234,19 +235,47 @@ def test_the_name_of_a_pack_is_made_lasting_before_anyone_relies_on_it(two_users
     assert {folder, folder / "packs"} <= set(synced)
 
 
-def test_packs_of_a_disk_that_cannot_be_synced_are_read(two_users, monkeypatch):
+def test_packs_of_a_disk_that_cannot_be_synced_are_read_and_not_relied_on(two_users, monkeypatch):
     one, other = two_users
     image = noise(200_000, seed=1)
+    index, store = other.repository.index, other.repository.writer().store
+
     record = back_up(one, image)
 
     def broken(_folder: Path) -> None:
         raise OSError(errno.EIO, "broken")
 
-    monkeypatch.setattr(local, "sync_folder", broken)
-
-    other.repository.refresh_index()
+    with monkeypatch.context() as context:
+        context.setattr(local, "sync_folder", broken)
+        other.repository.refresh_index()
 
     assert restored(other, record) == image
+    ids = leaf_ids(other.repository.reader, Root(record.root, record.height), 0, 3)
+    assert None not in index.find_many(ids)
+    assert index.find_usable(ids) == [None] * 3
+    stored = store.store_chunks([image[:CHUNK_SIZE]])
+    assert stored.ids == ids[:1]
+    assert stored.added_size > CHUNK_SIZE, "whole, as others may differ from it"
+
+    other.repository.refresh_index()
+    assert None not in index.find_usable(ids), "by now they are durable"
+
+
+def test_want_of_descriptors_leaves_nothing_in_doubt(two_users, monkeypatch):
+    one, other = two_users
+    back_up(one, noise(200_000, seed=1))
+
+    def wanting(_folder: Path) -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with monkeypatch.context() as context:
+        context.setattr(local, "sync_folder", wanting)
+        with pytest.raises(StorageUnavailable):
+            other.repository.refresh_index()
+
+    assert not other.repository.index.pack_ids()
+    other.repository.refresh_index()
+    assert other.repository.index.pack_ids() and not other.repository.index.fleeting()
 
 
 def test_one_repository_by_two_names_is_one(location, scratch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +19,9 @@ from backupfs.repository.repository import Repository
 from backupfs.service import Record, Service
 from backupfs.staging.draft import Content
 from backupfs.staging.publish import Publication, publish
+from backupfs.storage import local
 from backupfs.storage.locks import try_lock
+from backupfs.types import HOLE
 
 BACKUP_ID = "0b0e4f2c-0000-4000-8000-000000000000"
 
@@ -149,6 +152,35 @@ def test_publishing_the_same_content_under_the_same_id_again_is_the_same_backup(
     with pytest.raises(BackupExists):
         publish_as_first(other)
     assert len(service.backups()) == 2
+
+
+def test_a_record_that_nobody_has_synced_is_durable_when_it_counts_as_published(
+    location, monkeypatch
+):
+    """Who wrote it died, or failed, just before that."""
+    synced: list[Path] = []
+    is_broken = True
+
+    def noted(folder: Path) -> None:
+        if folder.name == "records" and is_broken:
+            raise OSError(errno.EIO, "broken")
+        synced.append(folder)
+
+    monkeypatch.setattr(local, "sync_folder", noted)
+    with Service.open(location) as service:
+        content = Content(root=Root(HOLE, 1), size=CHUNK_SIZE, data_count=0)
+        publication = Publication(
+            volume="vm", backup_id=BACKUP_ID, data_timestamp=datetime.now(UTC), stored_bytes=0
+        )
+        for _ in range(2):
+            with pytest.raises(StorageUnavailable):
+                publish(service.repository, service.catalogue, content, publication)
+        is_broken = False
+
+        record = publish(service.repository, service.catalogue, content, publication)
+
+        assert record.backup_id == BACKUP_ID
+        assert service.repository.folder / "records" in synced
 
 
 @pytest.mark.parametrize(
