@@ -33,11 +33,15 @@ class Keeper:
             staged.sequence += 1
         self.persist(staged)
         with staged.state_lock:
-            if staged.is_marked and not staged.unflushed:
+            if not staged.is_marked:
+                return
+            # Before the look: who writes from now on sees that the mark is wanted, and waits for it.
+            staged.is_marked = False
+            if not staged.unflushed:
                 self._states.unmark_writing(staged.draft_id)
-                staged.is_marked = False
-            elif staged.is_marked:  # one began meanwhile: an older mark would be void
+            else:  # one began meanwhile: an older mark would be void
                 self._states.mark_writing(staged.draft_id, staged.sequence)
+                staged.is_marked = True
 
     def mark(self, staged: StagedFile) -> None:
         """A file changes: should the daemon die, the next one is to know."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import shutil
@@ -35,6 +36,7 @@ from backupfs.staging.area import StagingArea
 from backupfs.staging.lifecycle import State
 from backupfs.staging.state_store import StateStore
 from backupfs.staging.write_handle import WriteHandle
+from backupfs.storage import local
 
 IMAGE = noise(20 * CHUNK_SIZE, seed=1)
 OTHER = noise(25 * CHUNK_SIZE, seed=2)
@@ -339,6 +341,87 @@ def test_a_duplicate_that_was_closed_is_no_end_to_the_next_daemon(location):
         assert state(area, "vm.img") == "held: backupfs ended while it was being written"
         assert content(area, "vm.img") == IMAGE[:5000]
         assert images(service) == []
+
+
+def test_a_write_beside_the_close_of_another_handle_is_marked(location, monkeypatch):
+    """In the moment in which the close takes the mark away: the event loop does not wait for it."""
+
+    def write_beside_a_close(area: StagingArea) -> None:
+        first = create(area, "vm.img")
+        second = area.open_write(first.staged, truncate=False)
+        write(area, first, IMAGE[:5000])
+        unmark = StateStore.unmark_writing
+
+        def unmark_late(states, draft_id):
+            area.note_write(second)
+            assert second.staged.wants_mark
+            second.staged.draft.write(5000, IMAGE[5000:9000])
+            unmark(states, draft_id)
+
+        monkeypatch.setattr(StateStore, "unmark_writing", unmark_late)
+        area.flush(first, interrupted=False)
+        area.begin_writing(second)  # as who writes does where the mark is wanted
+
+    daemon_that_dies(location, write_beside_a_close)
+
+    with next_start(location) as (service, area):
+        assert state(area, "vm.img") == "held: backupfs ended while it was being written"
+        assert images(service) == []
+
+
+@pytest.mark.parametrize("is_broken", [True, False])
+def test_a_record_found_at_the_start_counts_as_published_when_it_is_durable(
+    location, monkeypatch, is_broken
+):
+    """The daemon died between the name of the record and the sync of its folder."""
+
+    def publish_and_die(area: StagingArea) -> None:
+        real = local.sync_folder
+
+        def die_there(folder: Path) -> None:
+            if folder.name == "records" and any(folder.iterdir()):
+                die()
+            real(folder)
+
+        monkeypatch.setattr(local, "sync_folder", die_there)
+        copy(area, "vm.img", IMAGE)
+
+    daemon_that_dies(location, publish_and_die)
+    synced: list[str] = []
+    real = local.sync_folder
+
+    def noted(folder: Path) -> None:
+        if folder.name == "records" and is_broken:
+            raise OSError(errno.EIO, "broken")
+        synced.append(folder.name)
+        real(folder)
+
+    monkeypatch.setattr(local, "sync_folder", noted)
+    with next_start(location) as (_service, area):
+        found = state(area, "vm.img")
+        assert found.startswith("held: publishing failed") if is_broken else found == "published"
+        assert ("records" in synced) is not is_broken
+
+
+def test_gc_hears_of_a_file_while_it_is_renamed(area, monkeypatch):
+    copy(area, "one.part", IMAGE)
+    copy(area, "two.part", OTHER)
+    there = {staged.draft.saved.root for staged in area.files()}
+
+    class Watched(dict):
+        def __setitem__(self, name, staged):
+            super().__setitem__(name, staged)
+            assert there <= area._checkpoint_all()
+
+        def __delitem__(self, name):
+            super().__delitem__(name)
+            assert there <= area._checkpoint_all()
+
+    monkeypatch.setattr(area, "_files", Watched(area._files))
+
+    area.rename("one.part", "two.part")
+
+    assert content(area, "two.part") == IMAGE
 
 
 def test_a_duplicate_that_was_closed_does_not_hold_the_file_at_its_release(service, area):
