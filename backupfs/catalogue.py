@@ -95,6 +95,30 @@ class Catalogue:
             self._mark = None if self._unreadable else mark
             self._tell(Change(tuple(added), tuple(removed)))
 
+    def current(self, backup_id: str) -> Record | None:
+        """The same as ``get``, as the disk has it now; waits for I/O.
+
+        An id may have been used again since the last look, for other content. A record that was known
+        and cannot be read now is as it was. Raises: CorruptObject, StorageError.
+        """
+        with self._refreshing:
+            records, unreadable = self._loader.load([backup_id])
+            with self._lock:
+                before, now = self._by_id.get(backup_id), records.get(backup_id)
+                if backup_id in unreadable:
+                    if before is None:
+                        raise as_damage(record_name(backup_id), unreadable[backup_id])
+                    return before
+                if now != before:
+                    if before is not None:
+                        self._remove(before)
+                        self._tell(Change(removed=(before,)))
+                    if now is not None:
+                        self._unreadable.pop(backup_id, None)
+                        self._insert([now])
+                        self._tell(Change(added=(now,)))
+                return now
+
     def add(self, record: Record) -> None:
         """A backup was published by this process."""
         with self._lock:

@@ -53,6 +53,10 @@ class InvalidOption(RequestError):
     template = "option {option!r}: {reason}"
 
 
+class VolumeNamed(RequestError):
+    template = "{selector!r} is a volume: name one of its backups, like '{selector}@latest'"
+
+
 class InvalidMetadata(RequestError):
     template = "not usable as a volume's metadata: {reason}"
 

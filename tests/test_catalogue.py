@@ -13,7 +13,7 @@ from support.faulty import UNAVAILABLE, FaultyStorage, SteppedStorage
 from support.images import back_up, noise
 
 from backupfs.catalogue import Catalogue, Change
-from backupfs.errors import StorageError
+from backupfs.errors import CorruptObject, StorageError
 from backupfs.format.ids import IdScheme
 from backupfs.format.record import record_name
 from backupfs.repository.records import RecordLoader, RecordStore
@@ -289,3 +289,37 @@ def test_a_record_that_could_not_be_read_for_a_moment_comes_back(service, locati
 
     assert catalogue.all() == records
     assert catalogue.unreadable() == []
+
+
+def test_record_under_an_id_that_was_used_again_is_the_one_on_the_disk(service, catalogue):
+    (first,) = in_order(service, 1)
+    catalogue.refresh()
+    changes: list[Change] = []
+    catalogue.subscribe(changes.append)
+    service.delete(first)
+    second = dataclasses.replace(first, stored_bytes=first.stored_bytes + 1)
+    service.repository.records.put(second)
+    catalogue.refresh()
+    assert catalogue.get(first.backup_id) == first, "its name is there as before"
+
+    assert catalogue.current(first.backup_id) == second
+
+    assert catalogue.get(first.backup_id) == second
+    assert catalogue.all() == [second]
+    assert changes == [Change(removed=(first,)), Change(added=(second,))]
+    service.repository.records.delete(first.backup_id)
+    assert catalogue.current(first.backup_id) is None
+    assert catalogue.all() == []
+
+
+def test_record_that_cannot_be_read_any_more_is_as_it_was(service, catalogue):
+    known, other = in_order(service, 2)
+    catalogue.refresh()
+    folder = service.repository.folder
+    for record in (known, other):
+        (folder / record_name(record.backup_id)).write_bytes(b"damaged")
+
+    assert catalogue.current(known.backup_id) == known
+    fresh = uncached(service.repository.storage, service)
+    with pytest.raises(CorruptObject):
+        fresh.current(known.backup_id)

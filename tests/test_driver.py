@@ -26,6 +26,7 @@ from backupfs.driver import BackupDriver
 from backupfs.errors import (
     BackupExists,
     BackupNotFound,
+    CorruptObject,
     ForeignRecord,
     InvalidMetadata,
     InvalidName,
@@ -711,6 +712,45 @@ def test_delete_of_what_never_came_to_be_deletes_nothing(driver, backup_id):
     driver.delete_backup(make_backup(id=backup_id))
 
     assert len(driver.service.backups()) == 1
+
+
+def test_backup_with_a_damaged_record_is_neither_deleted_nor_not_there(driver, location):
+    """It would be back when its bytes are readable again, and Cinder had forgotten it."""
+    backup = make_backup()
+    driver.backup(backup, io.BytesIO(b"kept" * 5000))
+    (path,) = Path(location, "records").iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+
+    with BackupDriver(location) as other:
+        for call in (
+            lambda: other.delete_backup(backup),
+            lambda: other.restore(backup, "volume-1", io.BytesIO()),
+            lambda: other.export_record(backup),
+        ):
+            with pytest.raises(CorruptObject):
+                call()
+
+    path.write_bytes(whole)
+    target = io.BytesIO()
+    driver.restore(backup, "volume-1", target)
+    assert target.getvalue() == b"kept" * 5000
+
+
+def test_id_that_was_used_again_means_the_backup_that_is_there(driver, location):
+    backup = make_backup()
+    driver.backup(backup, io.BytesIO(b"first" * 5000))
+    with BackupDriver(location) as other:
+        other.delete_backup(backup)
+        other.backup(backup, io.BytesIO(b"second" * 5000))
+        exported = other.export_record(backup)
+
+    target = io.BytesIO()
+    driver.restore(backup, "volume-1", target)
+
+    assert target.getvalue() == b"second" * 5000
+    assert driver.export_record(backup) == exported
+    driver.import_record(backup, exported)
 
 
 def test_what_another_process_does_is_seen(driver, location):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import uuid
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,11 +24,13 @@ from support.images import (
     restored,
 )
 
+from backupfs import importing
 from backupfs.errors import (
     AmbiguousBackup,
     BackupExists,
     BackupNotFound,
     Cancelled,
+    CorruptObject,
     ForeignRecord,
     ImageTooLarge,
     InvalidMetadata,
@@ -36,9 +41,12 @@ from backupfs.errors import (
     RepositoryExists,
     RepositoryNotFound,
     SourceFailed,
+    StorageError,
+    VolumeNamed,
     VolumeNotFound,
 )
 from backupfs.format.pack import pack_name
+from backupfs.format.record import record_name
 from backupfs.service import Record, RetentionPolicy, Service, init
 
 MIB = 1 << 20
@@ -326,8 +334,41 @@ def test_selector_stands_for_one_backup(service, selector, expected):
     assert service.resolve(selector) == records[expected]
 
 
+def test_name_of_a_volume_is_no_beginning_of_an_id(location):
+    """Nobody means that: another volume's image would be restored."""
+    with Service.open(location) as service:
+        other = take(service)
+        back_up(service, b"of the volume", volume=other.backup_id[:2])
+
+        with pytest.raises(VolumeNamed, match=f"{other.backup_id[:2]}@latest"):
+            service.resolve(other.backup_id[:2])
+
+        assert service.resolve(other.backup_id[:3]) == other
+
+
+def test_latest_is_not_an_older_backup_where_a_record_is_damaged(location):
+    """It may be that of the latest one: of which volume it is, nobody can tell."""
+    with Service.open(location) as service:
+        older, newer = take(service), take(service)
+    path = Path(location) / record_name(newer.backup_id)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+
+    with Service.open(location) as service:
+        with pytest.raises(CorruptObject, match="by its time or id"):
+            service.resolve("vm@latest")
+        with pytest.raises(CorruptObject):
+            service.resolve(newer.backup_id)
+        assert service.resolve(older.backup_id) == older
+        assert service.resolve(f"vm@{older.name}") == older
+
+        path.write_bytes(whole)
+        service.refresh()
+        assert service.resolve("vm@latest") == newer
+
+
 @pytest.mark.parametrize(
-    "selector", ["", "c", "vm", "vm@", "@latest", "other@latest", "vm@2025", "vm@nonsense", "\0"]
+    "selector", ["", "c", "vm@", "@latest", "other@latest", "vm@2025", "vm@nonsense", "\0"]
 )
 def test_selector_that_stands_for_nothing_says_so(service, selector):
     take(service, backup_id=IDS[0], data_timestamp=MOMENT)
@@ -479,6 +520,58 @@ def test_exported_record_is_what_is_stored(service, location):
 
     stored = Path(location) / "records" / f"{record.backup_id}.msgpack"
     assert service.export_record(record) == stored.read_bytes()
+
+
+@pytest.mark.parametrize("fails", [1, 2, 3])
+def test_import_over_a_damaged_record_leaves_the_one_or_the_other(location, monkeypatch, fails):
+    """While the damaged one is there gc deletes nothing; once it is gone its packs are."""
+    with Service.open(location) as service:
+        record = take(service)
+        exported = service.export_record(record)
+    path = Path(location) / record_name(record.backup_id)
+    path.write_bytes(exported[:50])
+    calls = iter(range(1, 100))
+
+    def broken(real):
+        def call(*arguments, **named):
+            if next(calls) == fails:
+                raise OSError(errno.EIO, "broken")
+            return real(*arguments, **named)
+
+        return call
+
+    with Service.open(location) as service:
+        with monkeypatch.context() as context:
+            context.setattr(os, "fsync", broken(os.fsync))
+            context.setattr(Path, "replace", broken(Path.replace))
+            with contextlib.suppress(StorageError):
+                service.import_record(exported)
+        assert path.read_bytes() in (exported, exported[:50])
+
+        assert service.import_record(exported).record == record
+    with Service.open(location) as service:
+        service.gc()
+        assert is_clean(service)
+
+
+def test_import_does_not_keep_others_from_publishing(location, monkeypatch):
+    """To see that the data of a large image are there takes minutes."""
+    with Service.open(location) as service, Service.open(location) as other:
+        record = take(service)
+        exported = service.export_record(record)
+        service.delete(record)
+        made = []
+        check = importing._check_reachable
+
+        def checked(*arguments):
+            made.append(back_up(other, b"meanwhile", volume="other"))
+            check(*arguments)
+
+        monkeypatch.setattr(importing, "_check_reachable", checked)
+        other.repository.lock_seconds_max = 0.2
+
+        assert service.import_record(exported).record == record
+        assert len(made) == 1
 
 
 def test_damaged_record_is_refused_wherever_it_is_hit(service):

@@ -20,6 +20,7 @@ DRIVER = exception.BackupDriverException
 EXCEPTIONS: dict[type[errors.BackupfsError], Any] = {
     errors.InvalidName: BACKUP,
     errors.InvalidOption: DRIVER,
+    errors.VolumeNamed: BACKUP,
     errors.InvalidMetadata: BACKUP,
     errors.ImageTooLarge: BACKUP,
     errors.NothingToPublish: BACKUP,

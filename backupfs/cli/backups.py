@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -253,19 +253,10 @@ def delete_command(repo: str, backups: tuple[str, ...]) -> None:
     backupfs delete /srv/backups web01@2026-11-20T020000Z web01@2026-11-21T020000Z
     """
     with Service.open(repo) as service:
-        refuse_volumes(backups, {record.volume for record in service.backups()})
         found = [service.resolve(selector) for selector in backups]
         for record in {record.backup_id: record for record in found}.values():
             service.delete(record)
             output.print_line(f"deleted {label(record)} ({short_id(record)})")
-
-
-def refuse_volumes(selectors: Sequence[str], volumes: Collection[str]) -> None:
-    """A volume called "db" may just as well be the beginning of an id: nobody means that."""
-    for selector in selectors:
-        if selector in volumes:
-            named = f"{selector}@latest"
-            raise click.UsageError(f"{selector!r} is a volume: name its backups, like {named!r}")
 
 
 def keep_option(rule: str, what: str) -> Callable[[Any], Any]:

@@ -13,6 +13,7 @@ INTERRUPTED = 130  # what shells give a process ended by SIGINT
 EXIT_CODES: dict[type[errors.BackupfsError], int] = {
     errors.InvalidName: WRONG_USAGE,
     errors.InvalidOption: WRONG_USAGE,
+    errors.VolumeNamed: WRONG_USAGE,
     errors.InvalidMetadata: FAILED,
     errors.ImageTooLarge: FAILED,
     errors.NothingToPublish: FAILED,

@@ -12,6 +12,7 @@ ERRNO_OF: dict[type[errors.BackupfsError], int] = {
     errors.RequestError: errno.EINVAL,
     errors.InvalidName: errno.EINVAL,
     errors.InvalidOption: errno.EINVAL,
+    errors.VolumeNamed: errno.EINVAL,
     errors.InvalidMetadata: errno.EINVAL,
     errors.ImageTooLarge: errno.EFBIG,
     errors.NothingToPublish: errno.EINVAL,

@@ -69,7 +69,7 @@ class FileRequests(Requests):
         if writing:
             return await self._open_text_writer(entry, bool(flags & os.O_TRUNC))
         if entry.kind is Kind.BACKUP:
-            return self._open_backup(entry)
+            return await self._open_backup(entry)
         if entry.kind in (Kind.STATUS, Kind.EVENTS):
             await self._all_published()  # so that they tell of what was closed before
         return self._opened(TextReader(await self._content(entry)), direct=True)
@@ -80,13 +80,16 @@ class FileRequests(Requests):
         self._service.repository.writer().session.hold(handle.root)
         return self._opened(handle)
 
-    def _open_backup(self, entry: Entry) -> FileInfo:
-        record = self._service.resolve(entry.key)
+    async def _open_backup(self, entry: Entry) -> FileInfo:
+        record = await self.threads.slow(self._service.resolve, entry.key)
         handle = BackupHandle(self._service.open_image(record), record)
         if self._area is not None:
             self._service.repository.writer().session.hold(handle.root)
-        # An image never changes, so the pages the kernel has of it stay good.
-        return self._opened(handle, keep=True)
+        # An image never changes, so the pages the kernel has of it stay good; but an id may have been
+        # used again, for another image.
+        before = self._opened_roots.setdefault(record.backup_id, record.root)
+        self._opened_roots[record.backup_id] = record.root
+        return self._opened(handle, keep=before == record.root)
 
     async def _open_text_writer(self, entry: Entry, truncate: bool) -> FileInfo:
         self._writable()

@@ -199,7 +199,7 @@ class NameRequests(Requests):
             await self._published(entry.staged)
             await self.threads.slow(area.unlink, entry.staged.name)
         elif entry.kind is Kind.BACKUP:
-            record = self._service.resolve(entry.key)
+            record = await self.threads.slow(self._service.resolve, entry.key)
             if parent.kind is Kind.VOLUMES:
                 self._layout.keep_emptied(record.volume)
             await self.threads.slow(self._service.delete, record)

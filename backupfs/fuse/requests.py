@@ -40,6 +40,7 @@ from backupfs.service import Service, StagingArea
 from backupfs.staging.lifecycle import is_temporary
 from backupfs.staging.staged_file import StagedFile
 from backupfs.staging.write_handle import WriteHandle
+from backupfs.types import BlobId
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +105,7 @@ class Requests(pyfuse3.Operations):
         self._handles: dict[int, Handle] = {}
         self._folder_handles: dict[int, list[tuple[str, Entry]] | Entry] = {}
         self._next_handle = 1
+        self._opened_roots: dict[str, BlobId] = {}  # of backups, by id, as last opened
         self._writers_open = 0  # handles of staged files, open for writing
         self._sidecars: dict[str, TextWriter] = {}
         self._publishing: dict[trio.Event, _Publish] = {}

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from backupfs import __version__
+from backupfs.errors import BackupNotFound
 from backupfs.fuse.layout import Entry, Kind
 from backupfs.service import Service, StagingArea
 
@@ -71,8 +72,11 @@ class Texts:
         return self._service.export_record(self._service.resolve(entry.key))
 
     def record_size(self, entry: Entry) -> int:
-        """Bytes of a record's content. Raises: BackupNotFound."""
-        return self._service.record_size(self._service.resolve(entry.key))
+        """Bytes of a record's content; from memory. Raises: BackupNotFound."""
+        record = self._service.catalogue.get(entry.key)
+        if record is None:
+            raise BackupNotFound(selector=entry.key)
+        return self._service.record_size(record)
 
     def _status(self) -> dict[str, Any]:
         catalogue = self._service.catalogue
