@@ -59,7 +59,7 @@ from backupfs.selecting import select
 from backupfs.staging.area import StagingArea
 from backupfs.staging.drafts import (
     list_drafts,
-    mountpoint_of,
+    mount_of,
     publish_through_mount,
     wait_for_mount,
 )
@@ -189,11 +189,14 @@ class Service:
 
     def resolve(self, selector: str) -> Record:
         """The one backup that a user's words mean: an id, the unique start of one,
-        ``VOLUME@latest`` or ``VOLUME@TIMESTAMP`` (or the start of a timestamp).
+        ``VOLUME@latest`` or ``VOLUME@TIMESTAMP`` (or the start of a timestamp); as the disk has it now.
 
-        Raises: BackupNotFound, AmbiguousBackup.
+        Raises: BackupNotFound, AmbiguousBackup, VolumeNamed, CorruptObject, StorageError.
         """
-        return select(self.catalogue, selector)
+        record = self.catalogue.current(select(self.catalogue, selector).backup_id)
+        if record is None:
+            raise BackupNotFound(selector=selector)
+        return record
 
     def stats(self) -> RepositoryStats:
         """Counts and sizes of the whole repository. Raises: StorageError."""
@@ -426,9 +429,9 @@ class Service:
 
         Raises: DraftNotFound, InvalidName, NothingToPublish, Busy, StorageError.
         """
-        mountpoint = mountpoint_of(self.repository)
-        if mountpoint is not None:
-            backup_id = publish_through_mount(mountpoint, name)
+        mount = mount_of(self.repository)
+        if mount is not None:
+            backup_id = publish_through_mount(mount, name)
             self.catalogue.refresh()
             return self.resolve(backup_id)
         area = self.open_staging(None, mountpoint=None)

@@ -33,6 +33,8 @@ FS_TYPE = "fuse.backupfs"
 READ_AHEAD_KIB = 4096
 REFRESH_SECONDS = 0.5  # until the mount shows what other processes did
 TICK_SECONDS = 0.2
+# Each look into volumes/ that waits for a publish has one: who only reads must find one left.
+TASKS_MAX = 1000
 INTERRUPT_SECONDS = 0.1
 STDERR_SIZE_MAX = 4096
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -95,11 +97,13 @@ class Mount:
             except RuntimeError as error:
                 reason = said() or str(error)
                 raise MountFailed(mountpoint=str(self._mountpoint), reason=reason) from error
+        device = mount_device(self._mountpoint)
         try:
             with _interrupted_now_and_then():
                 trio.run(self._serve, on_ready)
         finally:
-            pyfuse3.close(unmount=True)
+            # By its place: after "umount -l" another may stand there.
+            pyfuse3.close(unmount=device == mount_device(self._mountpoint))
 
     async def _serve(self, on_ready: Callable[[], None]) -> None:
         monotonic = self._service.repository.ambient.monotonic
@@ -117,7 +121,7 @@ class Mount:
                 nursery.start_soon(_repeat, self._refresh, REFRESH_SECONDS)
                 nursery.start_soon(_repeat, self._operations.publish_settled, TICK_SECONDS)
                 nursery.start_soon(self._announce, on_ready)
-                await pyfuse3.main(min_tasks=IDLE_TASKS_MAX)
+                await pyfuse3.main(min_tasks=IDLE_TASKS_MAX, max_tasks=TASKS_MAX)
                 nursery.cancel_scope.cancel()
         finally:
             threads.close()

@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,8 +47,16 @@ PUBLISH_SECONDS_MAX = 120.0  # also waits for other publishers
 Answer = TypeVar("Answer")
 
 
-def mountpoint_of(repository: Repository) -> str | None:
-    """Where the repository is mounted on this host; None where it is not.
+@dataclass(frozen=True, slots=True)
+class RunningMount:
+    """A mount of the repository on this host."""
+
+    mountpoint: str
+    process_id: int
+
+
+def mount_of(repository: Repository) -> RunningMount | None:
+    """The mount of the repository on this host; None where there is none.
 
     Raises:
         Busy: another process holds the drafts for a moment, without a mount.
@@ -57,7 +66,7 @@ def mountpoint_of(repository: Repository) -> str | None:
         return None
     if found.mountpoint is None:
         raise Busy(what="the staging area", holder=f"process {found.process_id}")
-    return found.mountpoint
+    return RunningMount(found.mountpoint, found.process_id)
 
 
 def wait_for_mount(repository: Repository) -> None:
@@ -67,15 +76,17 @@ def wait_for_mount(repository: Repository) -> None:
     into ``volumes/`` waits for that. A mount that does not answer is not waited for.
     """
     try:
-        mountpoint = mountpoint_of(repository)
+        mount = mount_of(repository)
     except Busy:
         return
-    if mountpoint is None:
+    if mount is None:
         return
     try:
-        asked(_look_into, mountpoint, seconds_max=MOUNT_SECONDS_MAX)
+        asked(_look_into, mount.mountpoint, seconds_max=MOUNT_SECONDS_MAX)
     except TimeoutError:
-        log.warning("%r: the mount does not answer; its last copies may be missing", mountpoint)
+        log.warning(
+            "%r: the mount does not answer; its last copies may be missing", mount.mountpoint
+        )
     except OSError:
         pass  # a dead mount, or another user's: it keeps nobody waiting
 
@@ -107,9 +118,9 @@ def asked(call: Callable[..., Answer], *arguments: Any, seconds_max: float) -> A
 
 def list_drafts(repository: Repository) -> list[DraftInfo]:
     """What is staged and is not, or not wholly, a backup. Raises: Busy, StorageError."""
-    mountpoint = mountpoint_of(repository)
-    if mountpoint is not None:
-        return _drafts_of_mount(mountpoint)
+    mount = mount_of(repository)
+    if mount is not None:
+        return _drafts_of_mount(mount)
     folder = host_folder(repository.folder, repository.ambient)
     states, _logged = load_states(folder, repository.ids, chunk_size=repository.config.chunk_size)
     return [
@@ -126,23 +137,24 @@ def list_drafts(repository: Repository) -> list[DraftInfo]:
     ]
 
 
-def publish_through_mount(mountpoint: str, name: str) -> str:
+def publish_through_mount(mount: RunningMount, name: str) -> str:
     """Have the daemon publish a draft; the id of its backup.
 
     Raises: DraftNotFound, InvalidName, NothingToPublish, StorageFull, StorageUnavailable.
     """
     if check_volume_name(name):  # nothing like "../x" is ever staged
         raise DraftNotFound(name=name)
-    path = Path(mountpoint) / "staging" / name
+    path = Path(mount.mountpoint) / "staging" / name
 
     def publish() -> str:
+        _status(mount)
         os.setxattr(path, PUBLISH_ATTRIBUTE, b"1")
         return os.getxattr(path, ID_ATTRIBUTE).decode()
 
     try:
         return asked(publish, seconds_max=PUBLISH_SECONDS_MAX)
     except TimeoutError as error:
-        raise StorageUnavailable(reason=f"{mountpoint!r}: {error}") from error
+        raise StorageUnavailable(reason=f"{mount.mountpoint!r}: {error}") from error
     except OSError as error:
         raise _refusal(name, path, error) from error
 
@@ -171,12 +183,33 @@ def _state_of(path: Path) -> tuple[str, str]:
         return state, ""
 
 
-def _drafts_of_mount(mountpoint: str) -> list[DraftInfo]:
-    path = Path(mountpoint) / STATUS_PATH
+def _status(mount: RunningMount) -> dict[str, Any]:
+    """What a mount says of itself.
+
+    Raises: StorageUnavailable, also where it is another one: that of ours was unmounted lazily, and some
+    program keeps its daemon running.
+    """
     try:
-        status = json.loads(asked(path.read_text, seconds_max=MOUNT_SECONDS_MAX))
-    except (OSError, ValueError) as error:
-        raise StorageUnavailable(reason=f"the mount at {mountpoint!r} does not answer") from error
+        status: dict[str, Any] = json.loads(Path(mount.mountpoint, STATUS_PATH).read_text())
+        is_ours = status["process_id"] == mount.process_id
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"the mount at {mount.mountpoint!r} does not answer"
+        raise StorageUnavailable(reason=reason) from error
+    if not is_ours:
+        reason = (
+            f"its daemon, process {mount.process_id}, still runs, and is mounted at"
+            f" {mount.mountpoint!r} no more: end it, or the programs that have files of it open"
+        )
+        raise StorageUnavailable(reason=reason)
+    return status
+
+
+def _drafts_of_mount(mount: RunningMount) -> list[DraftInfo]:
+    try:
+        status = asked(_status, mount, seconds_max=MOUNT_SECONDS_MAX)
+    except OSError as error:
+        reason = f"the mount at {mount.mountpoint!r} does not answer"
+        raise StorageUnavailable(reason=reason) from error
     for damage in status["unreadable_drafts"]:
         log.error("a draft cannot be read: %s", damage)
     return [
