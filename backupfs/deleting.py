@@ -43,7 +43,7 @@ def prune(
         raise VolumeNotFound(volume=volume)
     for name in [volume] if volume is not None else catalogue.volumes():
         backups = catalogue.backups(name)
-        keep = kept_ids(backups, policy)
+        keep = kept_ids(backups, policy, repository.ambient.now())
         for record in backups:
             (kept if record.backup_id in keep else deleted).append(record)
     if not dry_run:

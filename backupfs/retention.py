@@ -52,10 +52,15 @@ _PERIODS: tuple[tuple[str, Callable[[datetime], str]], ...] = (
 )
 
 
-def kept_ids(backups: Sequence[Record], policy: RetentionPolicy) -> set[str]:
-    """Ids that ``policy`` keeps of one volume's backups, given oldest first."""
-    newest_first = list(reversed(backups))
-    kept = {record.backup_id for record in newest_first[: policy.last]}
+def kept_ids(backups: Sequence[Record], policy: RetentionPolicy, now: datetime) -> set[str]:
+    """Ids that ``policy`` keeps of one volume's backups, given oldest first.
+
+    Those dated after ``now`` stay and do not count: a clock that was ahead must not cost the backups
+    that were made since.
+    """
+    kept = {record.backup_id for record in backups if record.data_timestamp > now}
+    newest_first = [record for record in reversed(backups) if record.backup_id not in kept]
+    kept.update(record.backup_id for record in newest_first[: policy.last])
     for rule, period_of in _PERIODS:
         count = getattr(policy, rule)
         periods: set[str] = set()

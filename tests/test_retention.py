@@ -42,10 +42,11 @@ def kept(moments: list[str], **rules: int) -> list[str]:
         record(datetime.fromisoformat(moment).replace(tzinfo=UTC), number)
         for number, moment in enumerate(moments)
     ]
-    ids = kept_ids(records, RetentionPolicy(**rules))
+    ids = kept_ids(records, RetentionPolicy(**rules), NOW)
     return [moment for moment, each in zip(moments, records, strict=True) if each.backup_id in ids]
 
 
+NOW = datetime(2030, 1, 1, tzinfo=UTC)
 WEEK = [f"2026-11-{day:02}T{hour:02}:00:00" for day in range(16, 23) for hour in (1, 13)]
 
 
@@ -100,4 +101,13 @@ def test_any_rules_keep_what_their_words_say(moments, rules):
         newest = {period_of(each.data_timestamp): each.backup_id for each in records}
         expected |= set(list(newest.values())[::-1][: rules[rule]])
 
-    assert kept_ids(records, RetentionPolicy(**rules)) == expected
+    now = max(moments, default=NOW)
+    assert kept_ids(records, RetentionPolicy(**rules), now) == expected
+
+
+def test_backups_of_a_clock_that_was_ahead_stay_and_do_not_count():
+    ahead = ["2031-03-01T00:00:00", "2032-03-01T00:00:00"]
+
+    assert kept([*WEEK, *ahead], last=1) == [WEEK[-1], *ahead]
+    assert kept([*WEEK, *ahead], daily=2, yearly=1) == [WEEK[-3], WEEK[-1], *ahead]
+    assert kept(ahead, last=1) == ahead
