@@ -89,8 +89,7 @@ class FileTarget(HostTarget):
         # A link is followed: the image it leads to is replaced, not the link.
         self._path = os.path.realpath(path)
         self._force = force
-        if os.path.isdir(self._path):
-            raise TargetFailed(name=path, reason="it is a folder; give the file's name")
+        _check_is_file(path)
         if not force and os.path.lexists(self._path):
             raise TargetExists(path=path)
         # Not made from the file's name, which may have all the bytes that a name can have.
@@ -207,14 +206,22 @@ def open_target(
         Busy: the device is in use.
     """
     try:
+        is_device = stat.S_ISBLK(os.stat(path).st_mode)
+    except OSError:
+        is_device = False
+    return DeviceTarget(path, size=size) if is_device else FileTarget(path, force=force, mode=mode)
+
+
+def _check_is_file(path: str) -> None:
+    """Refuse what is there and is no regular file. Raises: TargetFailed."""
+    try:
         found = os.stat(path).st_mode
     except OSError:
-        return FileTarget(path, force=force, mode=mode)
-    if stat.S_ISBLK(found):
-        return DeviceTarget(path, size=size)
-    if not stat.S_ISREG(found) and not stat.S_ISDIR(found):
-        raise TargetFailed(name=path, reason="it is neither a file nor a block device")
-    return FileTarget(path, force=force, mode=mode)
+        return
+    if stat.S_ISDIR(found):
+        raise TargetFailed(name=path, reason="it is a folder; give the file's name")
+    if not stat.S_ISREG(found):
+        raise TargetFailed(name=path, reason="it is no regular file")
 
 
 def check_lies_outside(path: str, folder: Path) -> None:

@@ -369,6 +369,19 @@ def test_what_cannot_hold_an_image_is_refused(path: str) -> None:
         open_target(path, size=10, force=True)
 
 
+@pytest.mark.parametrize("is_forced", [False, True])
+def test_file_takes_the_place_of_files_only(tmp_path: Path, is_forced: bool) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    for path in (str(pipe), "/dev/null"):
+        with pytest.raises(TargetFailed, match="no regular file"):
+            FileTarget(path, force=is_forced)
+
+    assert os.listdir(tmp_path) == ["pipe"]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
 def test_failing_write_says_the_name_and_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

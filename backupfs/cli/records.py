@@ -22,7 +22,7 @@ from backupfs.errors import (
 )
 from backupfs.format.record import METADATA_SIZE_MAX, RECORD_SIZE_MAX
 from backupfs.hostsources import STREAM_WORD
-from backupfs.hosttargets import check_lies_outside, open_target
+from backupfs.hosttargets import FileTarget, check_lies_outside
 from backupfs.service import ImportOutcome, Service
 
 # What is wrong with one record, and leaves the others to be taken in.
@@ -54,7 +54,8 @@ def export_command(repo: str, backup: str, file: str, force: bool) -> None:
     if file == STREAM_WORD:
         sys.stdout.buffer.write(data)
         return
-    with open_target(file, size=len(data), force=force, mode=0o644) as target:
+    # Never a device: to a disk, named by mistake, a record is a few bytes over its start.
+    with FileTarget(file, force=force, mode=0o644) as target:
         target.write(0, data)
         target.finish(len(data))
 

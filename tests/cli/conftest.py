@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +52,23 @@ def backup(run: Run, repo: Path, image: Path) -> dict[str, Any]:
     assert made.code == 0, made.err
     (described,) = made.json
     return described
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """What lies below ``device``: 8 MiB of ones."""
+    path = tmp_path / "disk"
+    path.write_bytes(b"\xff" * (8 * MIB))
+    return path
+
+
+@pytest.fixture
+def device(disk: Path) -> Iterator[str]:
+    """A loop device."""
+    made = subprocess.run(
+        ["losetup", "--find", "--show", disk], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"needs loop devices, and losetup says: {made.stderr}")
+    yield made.stdout.strip()
+    subprocess.run(["losetup", "--detach", made.stdout.strip()], check=True)

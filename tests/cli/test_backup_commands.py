@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -343,26 +342,6 @@ def test_second_signal_ends_at_once_and_leaves_nothing(
     assert ended.code == 130
     assert ended.error_line == "interrupted"
     assert os.listdir(folder) == []
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Path:
-    """What lies below ``device``: 8 MiB of ones."""
-    path = tmp_path / "disk"
-    path.write_bytes(b"\xff" * (8 * MIB))
-    return path
-
-
-@pytest.fixture
-def device(disk: Path) -> Iterator[str]:
-    """A loop device."""
-    made = subprocess.run(
-        ["losetup", "--find", "--show", disk], capture_output=True, text=True, check=False
-    )
-    if made.returncode:
-        pytest.skip(f"needs loop devices, and losetup says: {made.stderr}")
-    yield made.stdout.strip()
-    subprocess.run(["losetup", "--detach", made.stdout.strip()], check=True)
 
 
 @pytest.mark.tools

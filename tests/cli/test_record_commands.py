@@ -49,6 +49,20 @@ def test_exported_file_is_replaced_by_force_only(
     assert target.read_bytes() == exported(run, repo)
 
 
+@pytest.mark.tools
+@pytest.mark.parametrize("force", [(), ("--force",)], ids=["", "force"])
+def test_record_does_not_overwrite_the_start_of_a_device(
+    run: Run, repo: Path, backup: dict[str, Any], disk: Path, device: str, force: tuple[str, ...]
+) -> None:
+    before = disk.read_bytes()
+
+    refused = run("export", repo, "vm@latest", device, *force)
+
+    assert refused.code == 1
+    assert "no regular file" in refused.error_line
+    assert disk.read_bytes() == before
+
+
 def test_terminal_gets_no_record(repo: Path, backup: dict[str, Any]) -> None:
     code, shown = on_terminal([*COMMAND, "export", repo, "vm@latest"])
 
