@@ -25,6 +25,8 @@ FILE_MODE_DEFAULT = 0o600
 ZEROS_SIZE = 1 << 20  # written at once where a device can make no holes
 WRITE_OUT_SIZE = 32 << 20  # bytes after which the system is told to bring them to the disk
 
+PROCESS_STATUS = Path("/proc/self/status")
+
 # What link(2) says where the file system has no hard links.
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
 
@@ -95,11 +97,12 @@ class FileTarget(HostTarget):
         # Not made from the file's name, which may have all the bytes that a name can have.
         temporary_name = f".backupfs-{Ambient().new_uuid()}.part"
         self._temporary = os.path.join(os.path.dirname(self._path), temporary_name)
+        self._mode = FILE_MODE_DEFAULT if mode is None else mode & 0o666
         self._finished = False
         with failing_as(TargetFailed, path):
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            allowed = FILE_MODE_DEFAULT if mode is None else mode & 0o666
-            super().__init__(os.open(self._temporary, flags, allowed), name=path)
+            # Until it is whole it is its owner's alone: what it replaces may be so, too.
+            super().__init__(os.open(self._temporary, flags, FILE_MODE_DEFAULT), name=path)
 
     def write_hole(self, offset: int, size: int) -> None:
         """Nothing to do: what is never written in a new file is a hole."""
@@ -107,8 +110,7 @@ class FileTarget(HostTarget):
     def finish(self, size: int) -> None:
         with failing_as(TargetFailed, self.name):
             os.ftruncate(self._descriptor, size)
-            if self._force:
-                self._resemble_replaced()
+            self._open_up()
             os.fsync(self._descriptor)
             self._appear()
             self._finished = True
@@ -120,14 +122,20 @@ class FileTarget(HostTarget):
             with suppress(OSError):
                 os.unlink(self._temporary)
 
-    def _resemble_replaced(self) -> None:
-        """Give the new file owner and mode of the one in its place, as far as we may."""
-        with suppress(FileNotFoundError):
-            replaced = os.stat(self._path)
-            with suppress(PermissionError):
+    def _open_up(self) -> None:
+        """Give the file the mode of a new one, or owner and mode of the replaced one, as far as we may."""
+        replaced = None
+        if self._force:
+            with suppress(FileNotFoundError):
+                replaced = os.stat(self._path)
+        with suppress(PermissionError):
+            if replaced is not None:
                 os.fchown(self._descriptor, replaced.st_uid, replaced.st_gid)
-            with suppress(PermissionError):
-                os.fchmod(self._descriptor, stat.S_IMODE(replaced.st_mode))
+        # Some file systems have no modes to change.
+        with suppress(PermissionError):
+            new_mode = self._mode & ~_umask()
+            mode = new_mode if replaced is None else stat.S_IMODE(replaced.st_mode)
+            os.fchmod(self._descriptor, mode)
 
     def _appear(self) -> None:
         if self._force:
@@ -236,6 +244,18 @@ def check_lies_outside(path: str, folder: Path) -> None:
             if parent.samefile(folder):
                 reason = "it lies in the repository; name a place outside it"
                 raise TargetFailed(name=path, reason=reason)
+
+
+def _umask() -> int:
+    """This process's; one that hides all from others where the system does not tell.
+
+    umask(2) tells it only by changing it, for files that other threads make meanwhile as well.
+    """
+    with suppress(OSError):
+        for line in PROCESS_STATUS.read_bytes().splitlines():
+            if line.startswith(b"Umask:"):
+                return int(line.split()[1], 8)
+    return 0o077
 
 
 def _sync_folder(path: str) -> None:

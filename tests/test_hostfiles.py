@@ -323,6 +323,45 @@ def test_forced_file_takes_owner_and_mode_of_the_replaced_one(tmp_path: Path) ->
     assert path.stat().st_uid == owner
 
 
+def test_file_is_its_owners_alone_until_it_is_whole(tmp_path: Path) -> None:
+    """A file with mode 0600, replaced by a backup of a 0644 one, stood open to all meanwhile."""
+    path = tmp_path / "out.img"
+    path.write_bytes(b"secret")
+    path.chmod(0o600)
+
+    with open_target(str(path), size=6, force=True, mode=0o644) as target:
+        target.write(0, b"SECRET")
+        modes = {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}
+        target.finish(6)
+
+    assert modes == {0o600}
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert path.read_bytes() == b"SECRET"
+
+
+def test_forced_file_that_replaces_none_gets_its_own_mode(tmp_path: Path) -> None:
+    path = tmp_path / "out.img"
+
+    with open_target(str(path), size=0, force=True, mode=0o640) as target:
+        target.finish(0)
+
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("status", [None, b"Name: python\n"], ids=["absent", "without it"])
+def test_file_of_a_system_that_hides_the_umask_is_its_owners_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: bytes | None
+) -> None:
+    if status is not None:
+        (tmp_path / "status").write_bytes(status)
+    monkeypatch.setattr(hosttargets, "PROCESS_STATUS", tmp_path / "status")
+
+    with open_target(str(tmp_path / "out.img"), size=0, mode=0o644) as target:
+        target.finish(0)
+
+    assert stat.S_IMODE((tmp_path / "out.img").stat().st_mode) == 0o600
+
+
 def test_link_is_followed_so_that_its_image_is_replaced(tmp_path: Path) -> None:
     path, link = tmp_path / "real.img", tmp_path / "link.img"
     path.write_bytes(b"old")
