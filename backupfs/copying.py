@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 
 from backupfs.catalogue import Catalogue
 from backupfs.errors import Cancelled
@@ -16,11 +18,14 @@ from backupfs.repository.images import EMPTY, Root
 from backupfs.repository.repository import Repository
 from backupfs.staging.draft import Draft
 from backupfs.staging.publish import Publication, find_parent, publish
-from backupfs.types import Progress
+from backupfs.types import Progress, ceil_div
 
 # What a restore reads, proves and writes at a time.
 RESTORE_SIZE = 2 << 20
 RESTORE_READERS = 3
+# What it makes of a hole at a time: where it has to write zeros, this much is done in a second or so.
+HOLE_SIZE_MIN = 64 << 20
+HOLES_MAX = 65536  # pieces that an image without data has at most
 
 
 def never() -> bool:
@@ -106,21 +111,43 @@ def restore(
 
 def _read_ahead(image: Image) -> Iterator[tuple[int, list[ImageExtent]]]:
     """(bytes covered, extents) of an image piece by piece, the next ones being read meanwhile."""
-    coming: deque[tuple[int, Future[list[ImageExtent]]]] = deque()
+    coming: deque[tuple[int, Callable[[], list[ImageExtent]]]] = deque()
     with ThreadPoolExecutor(RESTORE_READERS, thread_name_prefix="restore") as pool:
         try:
-            step = max(RESTORE_SIZE, image.chunk_size)
-            for offset in range(0, image.size, step):
-                size = min(step, image.size - offset)
-                coming.append((size, pool.submit(image.extents, offset, size)))
+            for offset, size, is_hole in _pieces(image):
+                if is_hole:
+                    coming.append((size, partial(_hole, offset, size)))
+                else:
+                    coming.append((size, pool.submit(image.extents, offset, size).result))
                 if len(coming) > RESTORE_READERS:
                     size, extents = coming.popleft()
-                    yield size, extents.result()
+                    yield size, extents()
             while coming:
                 size, extents = coming.popleft()
-                yield size, extents.result()
+                yield size, extents()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _pieces(image: Image) -> Iterator[tuple[int, int, bool]]:
+    """(offset, size, whether it is a hole) of what to restore at a time; together the whole image."""
+    # A device gets zeros for a hole, and may be cancelled meanwhile; but no image has many of them.
+    hole_size = HOLE_SIZE_MIN * max(1, ceil_div(image.size, HOLE_SIZE_MIN * HOLES_MAX))
+    data_size = max(RESTORE_SIZE, image.chunk_size)
+    done = 0
+    for start, end in chain(image.data_runs(gap_min=data_size), [(image.size, image.size)]):
+        yield from _cut(done, start, hole_size, is_hole=True)
+        yield from _cut(start, end, data_size, is_hole=False)
+        done = end
+
+
+def _cut(start: int, end: int, step: int, *, is_hole: bool) -> Iterator[tuple[int, int, bool]]:
+    for offset in range(start, end, step):
+        yield offset, min(step, end - offset), is_hole
+
+
+def _hole(offset: int, size: int) -> list[ImageExtent]:
+    return [(offset, None, size)]
 
 
 def _stop_if(cancelled: Callable[[], bool], what: str) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from backupfs.format.record import Record
+from backupfs.format.tree import FANOUT
 from backupfs.repository.blobs import BlobReader
-from backupfs.repository.images import Root, cached_leaf_ids, leaf_ids
+from backupfs.repository.images import Root, cached_leaf_ids, leaf_ids, leaf_places
 from backupfs.types import HOLE, BlobId
 
 # Offset, data (None for a hole) and size in bytes.
@@ -84,6 +87,25 @@ class Image:
             data = None if blob_id == HOLE else next(chunks)[:length]
             found.append((start, data, length))
         return found
+
+    def data_runs(self, *, gap_min: int) -> Iterator[tuple[int, int]]:
+        """(start, end) of the stretches that may hold data, in order and in whole leaves of the tree;
+        between them lie holes of at least ``gap_min`` bytes. No leaf is read for it.
+
+        Raises: DamageError, StorageError.
+        """
+        start = end = 0
+        for first in leaf_places(self._reader, self.root):
+            offset = first * self.chunk_size
+            if offset >= self.size:
+                break
+            if offset - end >= gap_min:
+                if start < end:
+                    yield start, end
+                start = offset
+            end = min(self.size, offset + FANOUT * self.chunk_size)
+        if start < end:
+            yield start, end
 
     def _range(self, offset: int, size: int) -> tuple[int, int, int, int]:
         """First chunk, count of chunks, offset within them, and size cut to the image."""

@@ -115,13 +115,34 @@ def walk(
             continue
         if level == 1:
             yield first, entries
+        else:
+            stack.extend(_below(entries, level, first))
+
+
+def leaf_places(reader: BlobReader, root: Root) -> Iterator[int]:
+    """Index of the first chunk of each leaf node that is no hole, in order; the leaves are not read.
+
+    Raises: DamageError, StorageError.
+    """
+    stack = [(root.root, root.height, 0)]
+    while stack:
+        blob_id, level, first = stack.pop()
+        if blob_id == HOLE:
             continue
-        width = tree.span(level - 1)
-        stack.extend(
-            (entry, level - 1, first + place * width)
-            for place, entry in reversed(list(enumerate(entries)))
-            if entry != HOLE
-        )
+        if level == 1:
+            yield first
+        else:
+            stack.extend(_below(tree.node_entries(reader.node(blob_id, level)), level, first))
+
+
+def _below(entries: Sequence[BlobId], level: int, first: int) -> list[tuple[BlobId, int, int]]:
+    """What a node's entries lead to, as (id, level, first chunk), without holes, the first one last."""
+    width = tree.span(level - 1)
+    return [
+        (entry, level - 1, first + place * width)
+        for place, entry in reversed(list(enumerate(entries)))
+        if entry != HOLE
+    ]
 
 
 class TreeEditor:
