@@ -9,7 +9,7 @@ from backupfs.catalogue import Catalogue
 from backupfs.errors import InvalidOption
 from backupfs.format import tree
 from backupfs.format.record import Record
-from backupfs.repository.images import Root
+from backupfs.repository.images import Root, leaf_ids
 from backupfs.repository.marking import DRAFTS
 from backupfs.repository.repair import LostTree, RepairedPack, find_lost_trees, repair_packs
 from backupfs.repository.repository import Repository
@@ -59,6 +59,7 @@ def adopt(
 
     Raises:
         InvalidOption: there is no such image, or it cannot be of that size.
+        DamageError: its last chunk, which the size may cut, cannot be proven; there is no backup.
         LockTimeout, StorageError: there is no backup.
     """
     # Without gc, what is complete now is so until the record says that it is needed.
@@ -72,12 +73,12 @@ def adopt(
         chunk_size = repository.config.chunk_size
         if size is None:
             size = lost.size
-        elif size <= lost.size - chunk_size:
+        elif _has_data_behind(repository, lost, size):
             raise InvalidOption(option="--size", reason="the image has data beyond that size")
         elif tree.height(size, chunk_size=chunk_size) != lost.height:
             raise InvalidOption(option="--size", reason="an image of that size has another tree")
         content = Content(
-            root=Root(BlobId(bytes.fromhex(lost.root)), lost.height),
+            root=_root(lost),
             size=size,
             data_count=lost.data_size // chunk_size,
         )
@@ -89,6 +90,21 @@ def adopt(
             stored_bytes=0,
         )
         return publish(repository, catalogue, content, publication)
+
+
+def _root(lost: LostTree) -> Root:
+    return Root(BlobId(bytes.fromhex(lost.root)), lost.height)
+
+
+def _has_data_behind(repository: Repository, lost: LostTree, size: int) -> bool:
+    """Whether an image of ``size`` bytes would lack some of the lost one that are not zeros."""
+    chunk_size = repository.config.chunk_size
+    if not lost.size - chunk_size < size < lost.size:
+        return size < lost.size
+    # The last chunk is known to hold data, but not how far.
+    ids = leaf_ids(repository.reader, _root(lost), size // chunk_size, 1)
+    (chunk,) = repository.reader.chunks(ids)
+    return any(chunk[size % chunk_size :])
 
 
 def _chosen(trees: list[LostTree], root: str) -> LostTree:

@@ -356,7 +356,7 @@ class Service:
     def adopt(self, root: str, *, volume: str, size: int | None = None) -> Record:
         """Make an image without a record, found by ``repair``, a backup of ``volume``.
 
-        Raises: InvalidName, InvalidOption, LockTimeout, StorageError.
+        Raises: InvalidName, InvalidOption, DamageError, LockTimeout, StorageError.
         """
         _check_volume(volume)
         return adopt(self.repository, self.catalogue, root, volume=volume, size=size)

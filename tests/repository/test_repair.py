@@ -333,6 +333,23 @@ def test_size_of_a_lost_image_is_given_or_guessed(location, size):
                 service.adopt(lost.root, volume="wrong", size=wrong)
 
 
+@pytest.mark.parametrize("chunks", [1, 130])
+def test_size_that_would_cut_data_off_is_refused(location, chunks):
+    """Only whole chunks were looked at: up to a chunk less one byte was lost without a word."""
+    size = chunks * CHUNK_SIZE - 1000
+    image = noise(size - 1, seed=7) + b"!"
+    with Service.open(location) as service:
+        service.delete(back_up(service, image))
+        (lost,) = service.repair().trees
+
+        for wrong in (size - 1, (chunks - 1) * CHUNK_SIZE + 1, (chunks - 1) * CHUNK_SIZE):
+            with pytest.raises(InvalidOption, match="data beyond that size"):
+                service.adopt(lost.root, volume="found", size=wrong)
+
+        record = service.adopt(lost.root, volume="found", size=size)
+        assert restored(service, record) == image
+
+
 def test_zeros_at_the_end_are_not_known_of(location):
     with Service.open(location) as service:
         source = SparseSource(300 * CHUNK_SIZE, [(0, b"x")])
