@@ -8,6 +8,7 @@ and ``tell`` where they work.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -111,7 +112,7 @@ class VolumeSource:
 
 
 class VolumeTarget:
-    """An open volume, written from 0 on.
+    """An open volume, written from 0 on. One whose writes end elsewhere than they should is refused.
 
     It may be full of other data, unless ``is_new`` says that it reads as zeros: then holes are
     left out. ``sync`` is fsync(2), or something that has it done elsewhere. ``look`` is called
@@ -139,6 +140,8 @@ class VolumeTarget:
     def write(self, offset: int, data: Buffer) -> None:
         self._look()
         with _failing_as(TargetFailed, self.name):
+            if self._position is None:
+                self._check_mode()
             if offset != self._position:
                 self._file.seek(offset)
             rest = bytes(data)  # some wrappers take nothing else
@@ -164,6 +167,7 @@ class VolumeTarget:
             tail = min(size - self._end, READ_SIZE)
             self._write_zeros(size - tail, tail)
         with _failing_as(TargetFailed, self.name):
+            self._check_place()
             self._persist()
 
     def _write_zeros(self, offset: int, size: int) -> None:
@@ -171,6 +175,21 @@ class VolumeTarget:
         while offset < end:
             self.write(offset, ZEROS[: end - offset])
             offset += min(READ_SIZE, end - offset)
+
+    def _check_mode(self) -> None:
+        """Each write of a file open for appending goes behind what is there, wherever it is meant."""
+        descriptor = self._descriptor()
+        if descriptor is not None and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_APPEND:
+            raise OSError("it is open for appending; nothing was written")
+
+    def _check_place(self) -> None:
+        """A file that can tell where it is must be where the last write was to end."""
+        try:
+            place = self._file.tell()  # type: ignore[attr-defined]  # not all have one
+        except Exception:  # nor do those without one agree on how to say so
+            return
+        if isinstance(place, int) and self._position not in (None, place):
+            raise OSError(f"the last write ended at byte {place}, not at {self._position}")
 
     def _persist(self) -> None:
         self._unsynced_size = 0

@@ -184,6 +184,62 @@ def test_a_restore_to_a_volume_that_lies_is_not_complete(driver, taken):
         driver.restore(backup, "volume-2", Target(taken))
 
 
+def test_a_volume_open_for_appending_is_refused_untouched(driver, tmp_path):
+    """The image came to lie behind what was there, and the restore was called complete."""
+    backup = new_backup()
+    driver.backup(backup, io.BytesIO(IMAGE))
+    path = tmp_path / "volume"
+    path.write_bytes(b"there before")
+
+    with path.open("ab") as file, pytest.raises(TargetFailed, match="appending"):
+        driver.restore(backup, "volume-2", file)
+
+    assert path.read_bytes() == b"there before"
+
+
+class Appends(io.BytesIO):
+    """Writes behind what is there, as what has no descriptor may do as well."""
+
+    def write(self, data: Any) -> int:
+        super().seek(0, io.SEEK_END)
+        return super().write(data)
+
+
+class Misplaces(io.BytesIO):
+    """Goes nowhere: the first write stands at what was read last."""
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return offset
+
+
+@pytest.mark.parametrize("kind", [Appends, Misplaces])
+def test_a_volume_that_writes_elsewhere_is_not_complete(driver, kind):
+    backup = new_backup()
+    driver.backup(backup, io.BytesIO(IMAGE))
+    target = kind(b"there before")
+    io.BytesIO.seek(target, 5)
+
+    with pytest.raises(TargetFailed, match="the last write ended at byte"):
+        driver.restore(backup, "volume-2", target)
+
+
+@pytest.mark.parametrize("place", [None, "end", NotImplementedError])
+def test_a_volume_that_cannot_tell_its_place_is_written(driver, place):
+    class Untold(io.BytesIO):
+        def tell(self) -> Any:
+            if place is NotImplementedError:
+                raise NotImplementedError
+            return place
+
+    backup = new_backup()
+    driver.backup(backup, io.BytesIO(IMAGE))
+    target = Untold()
+
+    driver.restore(backup, "volume-2", target)
+
+    assert target.getvalue() == IMAGE
+
+
 class Erratic(io.RawIOBase):
     """Reads of any length, sometimes nothing, sometimes what it should not give."""
 
