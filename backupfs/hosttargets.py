@@ -39,9 +39,15 @@ class HostTarget(ABC):
 
     def __init__(self, descriptor: int, *, name: str) -> None:
         self.name = name
-        self.is_partial = False  # something was overwritten, and the image is not whole
+        self._has_written = False
+        self._finished = False
         self._descriptor = descriptor
         self._written_out = 0  # the offset up to which the system was told so
+
+    @property
+    def is_partial(self) -> bool:
+        """Something was overwritten, and the image is not whole."""
+        return False
 
     def write(self, offset: int, data: Buffer) -> None:
         """Put ``data`` at ``offset``. Raises: TargetFailed."""
@@ -49,6 +55,7 @@ class HostTarget(ABC):
         with failing_as(TargetFailed, self.name):
             while view:
                 written = os.pwrite(self._descriptor, view, offset)
+                self._has_written = True
                 offset, view = offset + written, view[written:]
         if offset - self._written_out >= WRITE_OUT_SIZE:
             self._write_out(offset)
@@ -88,6 +95,8 @@ class FileTarget(HostTarget):
 
     def __init__(self, path: str, *, force: bool = False, mode: int | None = None) -> None:
         """Raises: TargetExists, TargetFailed."""
+        if os.path.basename(path) in ("", os.curdir, os.pardir):
+            raise TargetFailed(name=path, reason="it names a folder; give the file's name")
         # A link is followed: the image it leads to is replaced, not the link.
         self._path = os.path.realpath(path)
         self._force = force
@@ -98,7 +107,6 @@ class FileTarget(HostTarget):
         temporary_name = f".backupfs-{Ambient().new_uuid()}.part"
         self._temporary = os.path.join(os.path.dirname(self._path), temporary_name)
         self._mode = FILE_MODE_DEFAULT if mode is None else mode & 0o666
-        self._finished = False
         with failing_as(TargetFailed, path):
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             # Until it is whole it is its owner's alone: what it replaces may be so, too.
@@ -174,9 +182,9 @@ class DeviceTarget(HostTarget):
             os.close(descriptor)
             raise
 
-    def write(self, offset: int, data: Buffer) -> None:
-        self.is_partial = True
-        super().write(offset, data)
+    @property
+    def is_partial(self) -> bool:
+        return self._has_written and not self._finished
 
     def write_hole(self, offset: int, size: int) -> None:
         zeros = bytes(min(size, ZEROS_SIZE))
@@ -189,7 +197,7 @@ class DeviceTarget(HostTarget):
     def finish(self, size: int) -> None:
         with failing_as(TargetFailed, self.name):
             os.fsync(self._descriptor)
-        self.is_partial = False
+        self._finished = True
 
     def _check(self, size: int) -> None:
         if not stat.S_ISBLK(os.fstat(self._descriptor).st_mode):
@@ -227,7 +235,7 @@ def _check_is_file(path: str) -> None:
     except OSError:
         return
     if stat.S_ISDIR(found):
-        raise TargetFailed(name=path, reason="it is a folder; give the file's name")
+        raise TargetFailed(name=path, reason="it names a folder; give the file's name")
     if not stat.S_ISREG(found):
         raise TargetFailed(name=path, reason="it is no regular file")
 

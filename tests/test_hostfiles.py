@@ -409,6 +409,19 @@ def test_what_cannot_hold_an_image_is_refused(path: str) -> None:
 
 
 @pytest.mark.parametrize("is_forced", [False, True])
+@pytest.mark.parametrize("name", ["new/", "new//", "new/.", "new/..", "old.img/", ".", "folder"])
+def test_name_of_a_folder_is_not_made_a_file(tmp_path: Path, name: str, is_forced: bool) -> None:
+    (tmp_path / "old.img").write_bytes(b"mine")
+    (tmp_path / "folder").mkdir()
+
+    with pytest.raises(TargetFailed, match="names a folder"):
+        open_target(f"{tmp_path}/{name}", size=1, force=is_forced)
+
+    assert sorted(os.listdir(tmp_path)) == ["folder", "old.img"]
+    assert (tmp_path / "old.img").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("is_forced", [False, True])
 def test_file_takes_the_place_of_files_only(tmp_path: Path, is_forced: bool) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -375,6 +376,30 @@ def test_device_overwritten_in_part_is_told(
 
     assert ended.code == 130
     assert f"warning: {device!r} is overwritten in part" in ended.err.splitlines()[0]
+
+
+@pytest.mark.tools
+def test_device_that_takes_no_byte_is_not_called_overwritten(
+    run: Run,
+    repo: Path,
+    backup: dict[str, Any],
+    disk: Path,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As one that is read-only, which some kernels say at the first write only."""
+
+    def refuse(*_: object) -> int:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    before = disk.read_bytes()
+    monkeypatch.setattr(os, "pwrite", refuse)
+
+    ended = run("restore", repo, "vm@latest", device)
+
+    assert ended.code == 1
+    assert "Operation not permitted" in ended.error_line
+    assert disk.read_bytes() == before
 
 
 def test_mode_of_the_source_comes_back_less_the_umask(run: Run, repo: Path, image: Path) -> None:
