@@ -396,7 +396,10 @@ class Service:
         return self.repository.metadata.get(volume)
 
     def put_metadata(self, volume: str, metadata: dict[str, Any]) -> None:
-        """Replace a volume's metadata. Raises: InvalidName, InvalidMetadata, StorageError."""
+        """Replace a volume's metadata.
+
+        Raises: InvalidName, InvalidMetadata, CorruptObject, StorageError.
+        """
         _check_volume(volume)
         self.repository.metadata.put(volume, metadata)
 

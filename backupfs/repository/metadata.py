@@ -24,6 +24,8 @@ from backupfs.types import ObjectName
 METADATA_PREFIX = "metadata/"
 VERSION = 1
 OBJECT_SIZE_MAX = METADATA_SIZE_MAX + 16384
+GENERATION_DIGITS = 12  # in an object's name
+GENERATION_MAX = 10**GENERATION_DIGITS - 1
 
 
 def check_metadata(metadata: Any) -> str:
@@ -63,12 +65,17 @@ class MetadataStore:
     def put(self, volume: str, metadata: dict[str, Any]) -> None:
         """Replace a volume's metadata. Durable on return.
 
-        Raises: InvalidMetadata, StorageError.
+        Raises:
+            InvalidMetadata, StorageError.
+            CorruptObject: an object has the highest generation, which no put came to.
         """
         text = check_metadata(metadata)
         while True:
             older = self._generations(volume)
             generation = max(older, default=0) + 1
+            if generation > GENERATION_MAX:
+                name = self._name(volume, GENERATION_MAX)
+                raise CorruptObject(name=name, reason="no generation can follow; delete it")
             try:
                 self._storage.put_new(
                     self._name(volume, generation), self._encode(volume, generation, text)
@@ -92,7 +99,7 @@ class MetadataStore:
         found = set()
         for info in self._storage.list(prefix):
             stem = info.name.removeprefix(prefix).removesuffix(".msgpack")
-            if stem.isdecimal() and len(stem) == 12:
+            if stem.isdecimal() and len(stem) == GENERATION_DIGITS:
                 found.add(int(stem))
         return found
 
@@ -132,4 +139,4 @@ class MetadataStore:
         return f"{METADATA_PREFIX}{self._ids.digest('state', volume.encode())[:16].hex()}/"
 
     def _name(self, volume: str, generation: int) -> ObjectName:
-        return ObjectName(f"{self._prefix(volume)}{generation:012d}.msgpack")
+        return ObjectName(f"{self._prefix(volume)}{generation:0{GENERATION_DIGITS}d}.msgpack")

@@ -154,6 +154,26 @@ def test_damaged_metadata_are_an_error_and_can_be_replaced():
     assert store.get("vm") == {"owner": "bob"}
 
 
+def test_put_behind_the_last_generation_fails_and_names_it():
+    """The first put had no effect, as nobody looks for 13 digits; the next one never ended."""
+    storage = MemoryStorage()
+    store = MetadataStore(storage, IDS)
+    store.put("vm", {"owner": "ann"})
+    ((name, data),) = storage.objects.items()
+    last = name.replace("000000000001", "999999999999")
+    storage.objects[last] = data
+
+    for _ in range(2):
+        with pytest.raises(CorruptObject) as caught:
+            store.put("vm", {"owner": "bob"})
+        assert caught.value.name == last
+
+    assert set(storage.objects) == {name, last}
+    storage.delete(last)
+    store.put("vm", {"owner": "bob"})
+    assert store.get("vm") == {"owner": "bob"}
+
+
 def test_many_who_put_at_once_leave_one_of_theirs(scratch):
     (scratch / "repository").mkdir()
     stores = [MetadataStore(FaultyStorage(scratch / "repository"), IDS) for _ in range(4)]
