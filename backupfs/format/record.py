@@ -246,7 +246,7 @@ def _from_fields(fields: codec.Fields) -> Record:
         data_timestamp=fields.moment("data_timestamp"),
         source_mtime_ns=fields.optional_integer("source_mtime_ns", low=-(1 << 63)),
         source_mode=fields.optional_integer("source_mode", low=0, high=0o7777),
-        data_size=fields.integer("data_size"),
+        data_size=fields.integer("data_size", high=size),
         stored_bytes=fields.integer("stored_bytes"),
         host=fields.text("host", size_max=255),
         metadata=None if metadata is None else decode_metadata(metadata),
