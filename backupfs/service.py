@@ -20,6 +20,7 @@ from backupfs.errors import (
     BackupNotFound,
     DamageError,
     InvalidName,
+    MissingBlob,
     ObjectNotFound,
     VolumeNotFound,
 )
@@ -296,9 +297,16 @@ class Service:
         """Write a backup's image to ``target``, every byte proven before it is written.
 
         Raises:
+            BackupNotFound: it was deleted, and its data collected, before they were all read.
             DamageError, TargetFailed, Cancelled, StorageError: the target is not complete.
         """
-        restore(self.open_image(record), target, progress=progress, cancelled=cancelled)
+        try:
+            restore(self.open_image(record), target, progress=progress, cancelled=cancelled)
+        except MissingBlob as error:
+            # What is missing because nobody needs it any more is no damage.
+            if self.repository.records.exists(record.backup_id):
+                raise
+            raise BackupNotFound(selector=record.backup_id) from error
 
     def open_image(self, record: Record) -> Image:
         """A backup's bytes, to be read at any place."""

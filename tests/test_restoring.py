@@ -1,14 +1,15 @@
-"""Restores of images with long holes: what is written, how often, and what is told of it."""
+"""Restores: how images with long holes are written, and what is said of data that go meanwhile."""
 
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
-from support.images import CHUNK_SIZE, SparseSource, noise, restored
+from support.images import CHUNK_SIZE, SparseSource, back_up, noise, restored
 
 from backupfs import copying
-from backupfs.errors import Cancelled
+from backupfs.errors import BackupNotFound, Cancelled, MissingBlob
 from backupfs.service import Record, Service
 
 MIB = 1 << 20
@@ -98,3 +99,29 @@ def test_restore_is_cancelled_within_a_hole(service):
         service.restore(record, target, cancelled=lambda: target.calls == 3)
 
     assert not target.is_finished
+
+
+def test_backup_that_is_deleted_and_collected_meanwhile_is_no_damage(location):
+    """The restore ended as if the repository were damaged (exit code 3)."""
+    with Service.open(location) as service, Service.open(location) as other:
+        record = back_up(other, noise(20 * MIB, seed=1))
+        service.refresh()
+
+        def delete(_size: int) -> None:
+            if other.backups():
+                other.delete(record)
+                other.gc()
+
+        with pytest.raises(BackupNotFound, match=record.backup_id):
+            service.restore(record, CountingTarget(), progress=delete)
+
+
+def test_backup_that_lost_its_data_is_damaged(location):
+    with Service.open(location) as service:
+        record = back_up(service, noise(20 * MIB, seed=1))
+    for pack in (Path(location) / "packs").rglob("*"):
+        if pack.stat().st_size > MIB // 2 and pack.is_file():
+            pack.unlink()
+
+    with Service.open(location) as service, pytest.raises(MissingBlob):
+        service.restore(record, CountingTarget())
