@@ -78,7 +78,10 @@ class HostSource(ABC):
 
 
 class FileSource(HostSource):
-    """A regular file: holes are skipped; one that grows or shrinks while it is read fails."""
+    """A regular file: holes are skipped.
+
+    One that grows or shrinks while it is read fails, and so does one with more bytes than it says.
+    """
 
     def __init__(self, descriptor: int, *, name: str) -> None:
         super().__init__(descriptor, name=name)
@@ -122,9 +125,15 @@ class FileSource(HostSource):
         raise SourceFailed(name=self.name, reason=error.strerror) from error
 
     def _check_unchanged(self) -> None:
-        found = os.fstat(self._descriptor)
+        with failing_as(SourceFailed, self.name):
+            behind = os.pread(self._descriptor, 1, self._size)
+            found = os.fstat(self._descriptor)
         if found.st_size != self._size:
             reason = f"its size changed from {self._size} to {found.st_size} bytes meanwhile"
+            raise SourceFailed(name=self.name, reason=reason)
+        if behind:
+            # Files of procfs, and of some FUSE, say 0 and have bytes: they are no image of 0 bytes.
+            reason = f"it goes on behind the {self._size} bytes that it says it has"
             raise SourceFailed(name=self.name, reason=reason)
         self.was_changed = found.st_mtime_ns != self.mtime_ns
 

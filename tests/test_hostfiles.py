@@ -133,6 +133,27 @@ def test_file_that_shrinks_below_the_reader_fails(tmp_path: Path) -> None:
             os.truncate(path, 10)
 
 
+def test_file_that_says_it_is_empty_and_is_not_fails() -> None:
+    """Files of procfs say so; they were backed up as 0 bytes, with success."""
+    with (
+        open_source("/proc/cpuinfo") as source,
+        pytest.raises(SourceFailed, match="goes on behind the 0 bytes"),
+    ):
+        list(source.extents())
+
+
+def test_file_with_more_bytes_than_it_says_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "vm.img"
+    path.write_bytes(b"a" * (MIB + 10))
+
+    with open_source(str(path)) as source:
+        monkeypatch.setattr(hostsources.os, "pread", lambda _file, size, _offset: b"a" * size)
+        with pytest.raises(SourceFailed, match="goes on behind the 1048586 bytes"):
+            list(source.extents())
+
+
 def test_file_written_to_while_read_is_told(tmp_path: Path) -> None:
     path = tmp_path / "vm.img"
     path.write_bytes(b"a" * (2 * MIB))
