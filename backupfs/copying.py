@@ -10,7 +10,7 @@ from functools import partial
 from itertools import chain
 
 from backupfs.catalogue import Catalogue
-from backupfs.errors import Cancelled
+from backupfs.errors import Cancelled, ImageTooSmall
 from backupfs.format.record import Record
 from backupfs.image import Image, ImageExtent
 from backupfs.reports import ImageSource, ImageTarget
@@ -39,14 +39,15 @@ def back_up(
     source: ImageSource,
     publication: Publication,
     *,
+    size_min: int,
     progress: Progress,
     cancelled: Callable[[], bool],
 ) -> Record:
     """Read ``source`` to its end and publish it; ``publication`` learns here what was stored.
 
     Raises:
-        ImageTooLarge, BackupExists, SourceFailed, Cancelled, StorageError: there is no backup;
-            what was stored for it is garbage for gc.
+        ImageTooLarge, ImageTooSmall, BackupExists, SourceFailed, Cancelled, StorageError: there is
+            no backup; what was stored for it is garbage for gc.
     """
     writer = repository.writer()
     draft = Draft(
@@ -70,7 +71,10 @@ def back_up(
             draft.write(offset, data)
             writer.credit.wait()
             progress(len(data))
-        draft.truncate(source.size())
+        size = source.size()
+        if size < size_min:
+            raise ImageTooSmall(name=source.name, size=size, size_min=size_min)
+        draft.truncate(size)
         content = draft.checkpoint()
         _stop_if(cancelled, f"backup of {source.name!r}")
         added = replace(publication, stored_bytes=draft.take_added_size())

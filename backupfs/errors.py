@@ -65,6 +65,10 @@ class ImageTooLarge(RequestError):
     template = "an image of {size} bytes is larger than backupfs keeps ({limit} bytes)"
 
 
+class ImageTooSmall(RequestError):
+    template = "{name!r} has {size} bytes, fewer than the {size_min} it must have"
+
+
 class NothingToPublish(RequestError):
     template = "{name!r} cannot be published: {reason}"
 

@@ -233,6 +233,7 @@ class Service:
         metadata: dict[str, Any] | None = None,
         source_mtime_ns: int | None = None,
         source_mode: int | None = None,
+        size_min: int = 0,
         progress: Progress = no_progress,
         cancelled: Callable[[], bool] = never,
     ) -> Record:
@@ -241,11 +242,12 @@ class Service:
         ``parent`` is ``LATEST`` (the volume's latest backup), the id of a backup, or None for a
         full one; a parent of another size, or one that is gone, gives a full backup as well. A
         ``data_timestamp`` without a zone is UTC. ``metadata``
-        go into the backup in place of those that are kept for the volume.
+        go into the backup in place of those that are kept for the volume. An image of less than
+        ``size_min`` bytes, as a stream has that was cut short, becomes no backup.
 
         Raises:
-            InvalidName, InvalidMetadata, ImageTooLarge, BackupExists, SourceFailed, Cancelled,
-            StorageError: there is no backup; what was stored for it is garbage for gc.
+            InvalidName, InvalidMetadata, ImageTooLarge, ImageTooSmall, BackupExists, SourceFailed,
+            Cancelled, StorageError: there is no backup; what was stored for it is garbage for gc.
         """
         _check_volume(volume)
         if metadata is not None:
@@ -274,6 +276,7 @@ class Service:
             self.catalogue,
             source,
             publication,
+            size_min=size_min,
             progress=progress,
             cancelled=cancelled,
         )

@@ -33,6 +33,7 @@ from backupfs.errors import (
     CorruptObject,
     ForeignRecord,
     ImageTooLarge,
+    ImageTooSmall,
     InvalidMetadata,
     InvalidName,
     InvalidOption,
@@ -275,6 +276,18 @@ def test_image_too_large_is_refused(service):
         service.backup(SparseSource((1 << 50) + 1, []), volume="vm")
 
     assert service.backups() == []
+
+
+def test_image_smaller_than_the_caller_wants_is_refused_once_it_is_read(service):
+    image = noise(3 * CHUNK_SIZE, seed=1)
+
+    with pytest.raises(ImageTooSmall, match=f"'image' has {len(image)} bytes"):
+        take(service, image, size_min=len(image) + 1)
+
+    assert service.backups() == []
+    service.gc()
+    assert service.stats().packs == 0
+    assert restored(service, take(service, image, size_min=len(image))) == image
 
 
 @pytest.mark.parametrize("volume", ["", "a//b", "..", "latest.img", "a\0b"])

@@ -23,6 +23,7 @@ EXCEPTIONS: dict[type[errors.BackupfsError], Any] = {
     errors.VolumeNamed: BACKUP,
     errors.InvalidMetadata: BACKUP,
     errors.ImageTooLarge: BACKUP,
+    errors.ImageTooSmall: BACKUP,
     errors.NothingToPublish: BACKUP,
     errors.Cancelled: DRIVER,
     errors.RepositoryNotFound: DRIVER,

@@ -25,7 +25,7 @@ from backupfs.cli.exit_codes import DONE, exit_code
 from backupfs.cli.interruption import cancellable
 from backupfs.cli.output import Column
 from backupfs.cli.parameters import json_option, repository_argument
-from backupfs.errors import BackupfsError, ImageTooLarge, InvalidName, SourceFailed
+from backupfs.errors import BackupfsError, ImageTooLarge, ImageTooSmall, InvalidName, SourceFailed
 from backupfs.format.names import volume_of
 from backupfs.format.record import Record
 from backupfs.hostsources import STREAM_WORD, open_source
@@ -33,7 +33,7 @@ from backupfs.hosttargets import check_lies_outside, open_target
 from backupfs.service import LATEST, RetentionPolicy, Service
 
 # What is wrong with one source, and leaves the others to be backed up.
-SOURCE_ERRORS = (SourceFailed, InvalidName, ImageTooLarge)
+SOURCE_ERRORS = (SourceFailed, InvalidName, ImageTooLarge, ImageTooSmall)
 
 
 @click.command("backup")
@@ -41,15 +41,28 @@ SOURCE_ERRORS = (SourceFailed, InvalidName, ImageTooLarge)
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option("--volume", metavar="NAME", help="The volume's name; only with one SOURCE.")
 @click.option("--full", is_flag=True, help="Make a full backup, related to no earlier one.")
+@click.option(
+    "--allow-smaller",
+    is_flag=True,
+    help="Back up also what is empty, or smaller than the volume's latest backup.",
+)
 @json_option
 def backup_command(
-    repo: str, sources: tuple[str, ...], volume: str | None, full: bool, is_json: bool
+    repo: str,
+    sources: tuple[str, ...],
+    volume: str | None,
+    full: bool,
+    allow_smaller: bool,
+    is_json: bool,
 ) -> int:
     """Back up image files or block devices.
 
     Holes of files are not read. The volume is called as the file, without .img or .raw. After a
     volume's first backup only what has changed is stored. '-' is standard input, which needs
     --volume. If one of several sources fails, the others are backed up all the same.
+
+    What is empty, or smaller than the volume's latest backup, is refused: an image that was cut
+    short looks like that. A stream without a single byte always is.
 
     \b
     backupfs backup /srv/backups vm.img
@@ -62,11 +75,15 @@ def backup_command(
     try:
         with cancellable() as cancelled, Service.open(repo) as service:
             for source, name in zip(sources, volumes, strict=True):
+                latest = service.catalogue.latest(name)
+                size_min = 0 if allow_smaller else max(1, latest.size if latest else 0)
                 try:
-                    record, was_changed = back_up(service, source, name, full, cancelled)
+                    record, was_changed = back_up(
+                        service, source, name, full=full, size_min=size_min, cancelled=cancelled
+                    )
                 except SOURCE_ERRORS as error:
                     failures.append(error)
-                    output.report(str(error))
+                    output.report(why_refused(error, latest))
                     continue
                 made.append(record_summary(record) | {"changed_while_read": was_changed})
                 if not is_json:
@@ -94,20 +111,42 @@ def volume_names(sources: Sequence[str], volume: str | None) -> list[str]:
     return names
 
 
+def why_refused(error: BackupfsError, latest: Record | None) -> str:
+    """What is wrong with a source, for the user; ``latest`` is its volume's backup before."""
+    if not isinstance(error, ImageTooSmall):
+        return str(error)
+    found = f"{error.name!r} is empty"
+    if latest is not None and latest.size:
+        what = f"the latest backup of {latest.volume!r} has {latest.size}"
+        found = f"{error.name!r} has {error.size} bytes, {what}"
+    return f"{found}: not backed up; give --allow-smaller if it is whole"
+
+
 def back_up(
-    service: Service, source: str, volume: str, full: bool, cancelled: Callable[[], bool]
+    service: Service,
+    source: str,
+    volume: str,
+    *,
+    full: bool,
+    size_min: int,
+    cancelled: Callable[[], bool],
 ) -> tuple[Record, bool]:
     """Make one backup; also says whether the source was written to while it was read."""
     with (
         open_source(source, cancelled=cancelled) as image,
         output.progress(printable(volume), total=image.size_hint) as progress,
     ):
+        if image.size_hint and image.size_hint < size_min:
+            # Files and devices know their size, so nothing needs to be read; but a file may only say
+            # that it has none, and is told from an empty one by reading it.
+            raise ImageTooSmall(name=image.name, size=image.size_hint, size_min=size_min)
         record = service.backup(
             image,
             volume=volume,
             parent=None if full else LATEST,
             source_mtime_ns=image.mtime_ns,
             source_mode=image.mode,
+            size_min=size_min,
             progress=progress,
             cancelled=cancelled,
         )

@@ -16,6 +16,7 @@ EXIT_CODES: dict[type[errors.BackupfsError], int] = {
     errors.VolumeNamed: WRONG_USAGE,
     errors.InvalidMetadata: FAILED,
     errors.ImageTooLarge: FAILED,
+    errors.ImageTooSmall: FAILED,
     errors.NothingToPublish: FAILED,
     errors.Cancelled: INTERRUPTED,
     errors.RepositoryNotFound: FAILED,

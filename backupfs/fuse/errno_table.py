@@ -15,6 +15,7 @@ ERRNO_OF: dict[type[errors.BackupfsError], int] = {
     errors.VolumeNamed: errno.EINVAL,
     errors.InvalidMetadata: errno.EINVAL,
     errors.ImageTooLarge: errno.EFBIG,
+    errors.ImageTooSmall: errno.EINVAL,
     errors.NothingToPublish: errno.EINVAL,
     errors.Cancelled: errno.EINTR,
     errors.NotFound: errno.ENOENT,

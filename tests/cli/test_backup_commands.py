@@ -159,6 +159,73 @@ def test_pipe_that_ends_empty_makes_no_backup(run: Run, repo: Path) -> None:
     assert listed(run, repo) == []
 
 
+def test_empty_file_is_backed_up_only_where_that_is_allowed(
+    run: Run, repo: Path, image: Path, tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty.img"
+    empty.touch()
+
+    ended = run("backup", repo, empty, image, "--json")
+
+    assert ended.code == 1
+    assert f"'{empty}' is empty: not backed up" in ended.error_line
+    assert "--allow-smaller" in ended.error_line
+    assert [made["volume"] for made in ended.json] == ["vm"]
+
+    (made,) = run("backup", repo, empty, "--allow-smaller", "--json").json
+    assert (made["volume"], made["size"]) == ("empty", 0)
+
+
+@pytest.mark.parametrize("option", [(), ("--allow-smaller",)])
+def test_file_that_only_says_it_is_empty_is_not_called_so(
+    run: Run, repo: Path, option: tuple[str, ...]
+) -> None:
+    ended = run("backup", repo, "/proc/cpuinfo", *option)
+
+    assert ended.code == 1
+    assert "it goes on behind the 0 bytes" in ended.error_line
+    assert listed(run, repo) == []
+
+
+def test_image_smaller_than_the_latest_backup_is_backed_up_only_where_that_is_allowed(
+    run: Run, repo: Path, image: Path, backup: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After one more prune, what was cut short was all there was."""
+    os.truncate(image, 1000)
+
+    def unread(_descriptor: int, _size: int, _offset: int) -> bytes:
+        raise AssertionError("its size is known")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("backupfs.hostsources.os.pread", unread)
+        refused = run("backup", repo, image, "--full")
+
+    assert refused.code == 1
+    assert "has 1000 bytes, the latest backup of 'vm' has 8388608" in refused.error_line
+    assert "--allow-smaller" in refused.error_line
+    assert [made["id"] for made in listed(run, repo)] == [backup["id"]]
+
+    (made,) = run("backup", repo, image, "--allow-smaller", "--json").json
+    assert made["size"] == 1000
+    assert run("backup", repo, image).code == 0
+
+
+def test_stream_that_is_cut_short_makes_no_backup(run: Run, repo: Path) -> None:
+    words = [*COMMAND, "backup", str(repo), "-", "--volume", "piped"]
+    whole = os.urandom(3 * MIB)
+    subprocess.run(words, input=whole, capture_output=True, check=True)
+
+    refused = subprocess.run(words, input=whole[:1000], capture_output=True, check=False)
+    allowed = subprocess.run(
+        [*words, "--allow-smaller"], input=whole[:1000], capture_output=True, check=False
+    )
+
+    assert refused.returncode == 1
+    assert b"'standard input' has 1000 bytes, the latest backup of 'piped'" in refused.stderr
+    assert allowed.returncode == 0, allowed.stderr
+    assert [made["size"] for made in listed(run, repo)] == [3 * MIB, 1000]
+
+
 def test_named_pipe_needs_a_name_for_its_volume(run: Run, repo: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
 

@@ -231,7 +231,9 @@ class Lane:
     def back_up(self, model: Model, rng: random.Random) -> Action:
         source, data = self._image(model, rng)
         promise = Promise(self.volume, self.name, f"backup of {self.volume}", data)
-        return Action(promise, command=("backup", source, "--volume", self.volume))
+        # Smaller than the backup before, or empty, as it may be.
+        words = ("backup", source, "--volume", self.volume, "--allow-smaller")
+        return Action(promise, command=words)
 
     def delete(self, model: Model, rng: random.Random) -> Action:
         backups = model.of_volume(self.volume)
