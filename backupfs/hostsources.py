@@ -6,6 +6,7 @@ reader. Nothing here knows of repositories.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -156,7 +157,8 @@ class DeviceSource(HostSource):
 class StreamSource(HostSource):
     """A pipe or the like: its size is known once it has ended, and an empty one fails.
 
-    ``cancelled`` is asked while the stream is silent, so that a writer that hangs holds nobody up.
+    ``cancelled`` is asked while the stream is silent, so that a writer that hangs, or never
+    comes, holds nobody up.
     """
 
     def __init__(self, descriptor: int, *, name: str, cancelled: Callable[[], bool]) -> None:
@@ -183,13 +185,20 @@ class StreamSource(HostSource):
         return b"".join(parts)
 
     def _read(self, size: int) -> bytes:
+        with failing_as(SourceFailed, self.name):
+            while True:
+                self._wait()
+                # Another reader of a named pipe may have been faster.
+                with contextlib.suppress(BlockingIOError):
+                    return os.read(self._descriptor, size)
+
+    def _wait(self) -> None:
+        """Until there are bytes, or all writers are gone; a pipe that never had one is waited for."""
         poll = select.poll()
         poll.register(self._descriptor, select.POLLIN)
-        with failing_as(SourceFailed, self.name):
-            while not poll.poll(POLL_MILLISECONDS):
-                if self._cancelled():
-                    raise Cancelled(what=f"reading {self.name}")
-            return os.read(self._descriptor, size)
+        while not poll.poll(POLL_MILLISECONDS):
+            if self._cancelled():
+                raise Cancelled(what=f"reading {self.name}")
 
 
 def open_source(path: str, *, cancelled: Callable[[], bool] = lambda: False) -> HostSource:
@@ -203,12 +212,21 @@ def open_source(path: str, *, cancelled: Callable[[], bool] = lambda: False) -> 
         if path == STREAM_WORD:
             descriptor = fcntl.fcntl(sys.stdin.fileno(), fcntl.F_DUPFD_CLOEXEC, 0)
         else:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | _not_waiting(path))
     try:
         return _source_over(descriptor, name, cancelled)
     except BaseException:  # an interruption too: nobody else knows the descriptor
         os.close(descriptor)
         raise
+
+
+def _not_waiting(path: str) -> int:
+    """The flag with which open(2) does not wait for the first writer of a named pipe.
+
+    A stream's reader waits for it, and can be cancelled. Anything else is opened without: a file
+    that is leased would refuse, and a drive without a medium would not.
+    """
+    return os.O_NONBLOCK if stat.S_ISFIFO(os.stat(path).st_mode) else 0
 
 
 def _source_over(descriptor: int, name: str, cancelled: Callable[[], bool]) -> HostSource:

@@ -232,6 +232,65 @@ def test_silent_stream_can_be_cancelled(tmp_path: Path) -> None:
         os.close(held_open)
 
 
+def test_named_pipe_without_a_writer_can_be_cancelled(tmp_path: Path) -> None:
+    """It could not be, before the first writer came: nothing but a kill ended the backup."""
+    fifo = tmp_path / "pipe"
+    os.mkfifo(fifo)
+    asked: list[None] = []
+
+    def cancelled() -> bool:
+        asked.append(None)
+        return len(asked) == 2
+
+    with open_source(str(fifo), cancelled=cancelled) as source, pytest.raises(Cancelled):
+        list(source.extents())
+
+
+def test_named_pipe_is_read_whenever_its_writer_comes(tmp_path: Path) -> None:
+    fifo = tmp_path / "pipe"
+    os.mkfifo(fifo)
+    content = os.urandom(MIB + 5)
+    writers: list[threading.Thread] = []
+
+    def write_at_last() -> bool:
+        if not writers:
+            writers.append(threading.Thread(target=fifo.write_bytes, args=(content,)))
+            writers[0].start()
+        return False
+
+    with open_source(str(fifo), cancelled=write_at_last) as source:
+        image, _places = read_all(source)
+    writers[0].join()
+
+    assert image == content
+
+
+def test_named_pipe_that_another_reader_drains_waits_for_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fifo = tmp_path / "pipe"
+    os.mkfifo(fifo)
+    real_read = os.read
+    others = [None]
+
+    def read_second(descriptor: int, size: int) -> bytes:
+        if others:
+            others.pop()
+            real_read(descriptor, size)
+        return real_read(descriptor, size)
+
+    monkeypatch.setattr(hostsources.os, "read", read_second)
+    with open_source(str(fifo)) as source:
+        writer = os.open(fifo, os.O_WRONLY)
+        os.write(writer, b"theirs")
+        timer = threading.Timer(0.1, lambda: (os.write(writer, b"ours"), os.close(writer)))
+        timer.start()
+        image, _places = read_all(source)
+    timer.join()
+
+    assert image == b"ours"
+
+
 # -- files as targets --------------------------------------------------------------------------
 
 

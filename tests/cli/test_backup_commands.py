@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from command_line import MIB, Run, damage_data
 
+from backupfs import hostsources
 from backupfs.hosttargets import DeviceTarget, FileTarget
 
 COMMAND = [sys.executable, "-m", "backupfs.cli.main"]
@@ -250,6 +252,25 @@ def test_image_written_to_meanwhile_is_backed_up_with_a_warning(
     assert made.code == 0
     assert made.json[0]["changed_while_read"] is True
     assert "warning" in made.error_line and "was written to" in made.error_line
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_backup_that_waits_for_the_writer_of_a_pipe_can_be_interrupted(
+    run: Run, repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    real_open = hostsources.open_source
+
+    def be_signalled(path: str, **arguments: Any) -> hostsources.HostSource:
+        threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+        return real_open(path, **arguments)
+
+    monkeypatch.setattr("backupfs.cli.backups.open_source", be_signalled)
+    ended = run("backup", repo, tmp_path / "pipe", "--volume", "piped")
+
+    assert ended.code == 130
+    assert "cancelled" in ended.error_line
+    assert listed(run, repo) == []
 
 
 def test_interrupted_backup_leaves_none(run: Run, repo: Path) -> None:
