@@ -20,6 +20,7 @@ from backupfs.errors import (
     BackupNotFound,
     DamageError,
     InvalidName,
+    InvalidOption,
     MissingBlob,
     ObjectNotFound,
     VolumeNotFound,
@@ -36,6 +37,7 @@ from backupfs.format.record import (
     Record,
     canonical_backup_id,
     encode_record,
+    storable_time,
 )
 from backupfs.image import Image
 from backupfs.importing import import_record
@@ -244,10 +246,12 @@ class Service:
         ``data_timestamp`` without a zone is UTC. ``metadata``
         go into the backup in place of those that are kept for the volume. An image of less than
         ``size_min`` bytes, as a stream has that was cut short, becomes no backup.
+        ``source_mtime_ns`` is kept as near as from 1677 to 2262 is possible.
 
         Raises:
-            InvalidName, InvalidMetadata, ImageTooLarge, ImageTooSmall, BackupExists, SourceFailed,
-            Cancelled, StorageError: there is no backup; what was stored for it is garbage for gc.
+            InvalidName, InvalidOption, InvalidMetadata, ImageTooLarge, ImageTooSmall, BackupExists,
+            SourceFailed, Cancelled, StorageError: there is no backup; what was stored for it is
+            garbage for gc.
         """
         _check_volume(volume)
         if metadata is not None:
@@ -264,8 +268,8 @@ class Service:
             volume=volume,
             parent=parent,
             backup_id=backup_id or ambient.new_uuid(),
-            data_timestamp=_aware(data_timestamp or ambient.now()),
-            source_mtime_ns=source_mtime_ns,
+            data_timestamp=_in_utc(data_timestamp or ambient.now()),
+            source_mtime_ns=None if source_mtime_ns is None else storable_time(source_mtime_ns),
             source_mode=source_mode,
             stored_bytes=0,
             metadata=metadata,
@@ -464,8 +468,14 @@ class Service:
         )
 
 
-def _aware(moment: datetime) -> datetime:
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
+def _in_utc(moment: datetime) -> datetime:
+    if moment.tzinfo is None:
+        return moment.replace(tzinfo=UTC)
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError as error:
+        reason = f"{moment.isoformat()} is in UTC before the year 1 or after 9999"
+        raise InvalidOption(option="data_timestamp", reason=reason) from error
 
 
 def _check_volume(volume: str) -> None:

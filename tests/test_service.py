@@ -179,6 +179,44 @@ def test_time_with_another_zone_is_kept_as_utc(service):
     assert record.name == "2026-11-22T142503Z.img"
 
 
+@pytest.mark.parametrize(
+    ("told", "kept"),
+    [
+        (13_569_465_600 * 10**9, (1 << 63) - 1),  # the year 2400
+        (221_845_392_000 * 10**9, (1 << 63) - 1),  # 9000: no number of 64 bits
+        (-11_676_096_000 * 10**9, -(1 << 63)),  # 1600
+        ((1 << 63) - 1, (1 << 63) - 1),
+        (-(1 << 63), -(1 << 63)),
+    ],
+)
+def test_modification_time_that_no_record_holds_is_kept_as_the_nearest(service, told, kept):
+    """A file of such a time could not be backed up, and that was said once it was read."""
+    record = take(service, source_mtime_ns=told)
+
+    assert record.source_mtime_ns == kept
+    service.refresh()
+    assert service.backups() == [record]
+
+
+@pytest.mark.parametrize(
+    "moment", ["0001-01-01T00:00:00+05:00", "9999-12-31T23:00:00-05:00"], ids=["early", "late"]
+)
+def test_time_that_is_none_in_utc_is_refused(service, moment):
+    with pytest.raises(InvalidOption, match=r"data_timestamp.*UTC"):
+        take(service, data_timestamp=datetime.fromisoformat(moment))
+
+    assert service.backups() == []
+
+
+@pytest.mark.parametrize("moment", ["0001-01-01T00:00:00", "9999-12-31T23:59:59+00:00"])
+def test_first_and_last_time_of_all_are_kept(service, moment):
+    record = take(service, data_timestamp=datetime.fromisoformat(moment))
+
+    assert record.name.startswith(moment[:10])
+    service.refresh()
+    assert service.backups() == [record]
+
+
 def test_only_what_is_new_counts_as_stored(service):
     image = noise(40 * CHUNK_SIZE, seed=1)
     first = take(service, image)

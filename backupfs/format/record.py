@@ -29,6 +29,8 @@ METADATA_SIZE_MAX = 256 << 10
 METADATA_DEPTH_MAX = 64
 DESCRIPTION_SIZE_MAX = 4096  # of each field of it
 RECORDS_PREFIX = "records/"
+# Modification times that records and drafts hold: from 1677 to 2262.
+TIME_NS_MIN, TIME_NS_MAX = -(1 << 63), (1 << 63) - 1
 KIND_FULL = "full"
 KIND_INCREMENTAL = "incremental"
 
@@ -108,6 +110,11 @@ def canonical_backup_id(text: str) -> str:
         return str(uuid.UUID(text))
     except ValueError as error:
         raise InvalidRecord(reason=f"backup id {text!r} is no UUID") from error
+
+
+def storable_time(moment_ns: int) -> int:
+    """The nearest modification time that can be kept, as other file systems have it."""
+    return max(TIME_NS_MIN, min(moment_ns, TIME_NS_MAX))
 
 
 def encode_record(record: Record, ids: IdScheme) -> bytes:
@@ -244,7 +251,9 @@ def _from_fields(fields: codec.Fields) -> Record:
         parent_id=parent_id,
         created_at=fields.moment("created_at"),
         data_timestamp=fields.moment("data_timestamp"),
-        source_mtime_ns=fields.optional_integer("source_mtime_ns", low=-(1 << 63)),
+        source_mtime_ns=fields.optional_integer(
+            "source_mtime_ns", low=TIME_NS_MIN, high=TIME_NS_MAX
+        ),
         source_mode=fields.optional_integer("source_mode", low=0, high=0o7777),
         data_size=fields.integer("data_size", high=size),
         stored_bytes=fields.integer("stored_bytes"),

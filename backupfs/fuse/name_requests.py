@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import pyfuse3
 from pyfuse3 import EntryAttributes, FUSEError, RequestContext
 
+from backupfs.format.record import storable_time
 from backupfs.fuse.handles import (
     Handle,
     StagedWriter,
@@ -20,8 +21,6 @@ from backupfs.fuse.requests import Requests, answered, staged_entry, text_of
 from backupfs.staging.drafts import PUBLISH_ATTRIBUTE
 from backupfs.staging.lifecycle import is_temporary
 
-# What states and records hold: from 1677 to 2262.
-TIME_NS_MIN, TIME_NS_MAX = -(1 << 63), (1 << 63) - 1
 _TAKES_ATTRIBUTES = {Kind.STAGING, Kind.BACKUPS, Kind.SIDECAR, Kind.RECORD, Kind.METADATA}
 
 
@@ -91,7 +90,7 @@ class NameRequests(Requests):
             "mode": stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
             "uid": attr.st_uid if fields.update_uid else None,
             "gid": attr.st_gid if fields.update_gid else None,
-            "mtime_ns": _storable_time(attr.st_mtime_ns) if fields.update_mtime else None,
+            "mtime_ns": storable_time(attr.st_mtime_ns) if fields.update_mtime else None,
         }
         if any(value is not None for value in wanted.values()):
             await self.threads.slow(area.set_attributes, entry.staged, **wanted)
@@ -320,8 +319,3 @@ class NameRequests(Requests):
             await self._take_in(writer)
         finally:
             self._sidecars.pop(old, None)
-
-
-def _storable_time(moment_ns: int) -> int:
-    """The nearest time that can be kept, as other file systems have it."""
-    return max(TIME_NS_MIN, min(moment_ns, TIME_NS_MAX))

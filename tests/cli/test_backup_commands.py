@@ -118,6 +118,21 @@ def test_volume_that_cannot_be_a_name_is_wrong_usage(run: Run, repo: Path, image
     assert listed(run, repo) == []
 
 
+def test_image_from_far_in_the_future_is_backed_up_and_shown(
+    run: Run, repo: Path, image: Path
+) -> None:
+    moment_ns = 9_300_000_000 * 10**9  # beyond what a record holds
+    os.utime(image, ns=(0, moment_ns))
+    if image.stat().st_mtime_ns != moment_ns:
+        pytest.skip("the file system does not keep such times")
+
+    made = run("backup", repo, image)
+
+    assert made.code == 0, made.err
+    assert made.err == ""
+    assert run("show", repo, "vm@latest", "--json").json["source_mtime_ns"] == (1 << 63) - 1
+
+
 def test_several_sources_are_backed_up_though_one_fails(
     run: Run, repo: Path, image: Path, tmp_path: Path
 ) -> None:
