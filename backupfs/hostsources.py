@@ -33,7 +33,7 @@ class HostSource(ABC):
     """An image that the host can read: an ``ImageSource`` over a descriptor that it owns.
 
     ``mtime_ns`` and ``mode`` are the file's as it was opened; None for what is no regular file.
-    ``was_changed`` tells, once ``extents`` is used up, that somebody wrote while we read.
+    ``was_changed`` tells, once ``extents`` is used up, that the file was changed while we read.
     """
 
     def __init__(self, descriptor: int, *, name: str) -> None:
@@ -89,6 +89,7 @@ class FileSource(HostSource):
         found = os.fstat(descriptor)
         self._size = self.size_hint = found.st_size
         self.mtime_ns = found.st_mtime_ns
+        self._ctime_ns = found.st_ctime_ns
         self.mode = stat.S_IMODE(found.st_mode)
 
     def extents(self) -> Iterator[tuple[int, Buffer]]:
@@ -136,7 +137,9 @@ class FileSource(HostSource):
             # Files of procfs, and of some FUSE, say 0 and have bytes: they are no image of 0 bytes.
             reason = f"it goes on behind the {self._size} bytes that it says it has"
             raise SourceFailed(name=self.name, reason=reason)
-        self.was_changed = found.st_mtime_ns != self.mtime_ns
+        # Who puts the modification time back (touch -r) cannot put this one back. Reading leaves it
+        # alone; a new mode, owner or link does not, and is taken for a change rather than overlooked.
+        self.was_changed = (found.st_mtime_ns, found.st_ctime_ns) != (self.mtime_ns, self._ctime_ns)
 
 
 class DeviceSource(HostSource):

@@ -131,7 +131,7 @@ def back_up(
     size_min: int,
     cancelled: Callable[[], bool],
 ) -> tuple[Record, bool]:
-    """Make one backup; also says whether the source was written to while it was read."""
+    """Make one backup; also says whether the source was changed while it was read."""
     with (
         open_source(source, cancelled=cancelled) as image,
         output.progress(printable(volume), total=image.size_hint) as progress,
@@ -151,7 +151,7 @@ def back_up(
             cancelled=cancelled,
         )
     if image.was_changed:
-        output.report(f"warning: {source!r} was written to while it was read")
+        output.report(f"warning: {source!r} was changed while it was read")
     return record, image.was_changed
 
 

@@ -266,7 +266,7 @@ def test_image_written_to_meanwhile_is_backed_up_with_a_warning(
 
     assert made.code == 0
     assert made.json[0]["changed_while_read"] is True
-    assert "warning" in made.error_line and "was written to" in made.error_line
+    assert "warning" in made.error_line and "was changed" in made.error_line
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
