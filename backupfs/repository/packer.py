@@ -191,7 +191,7 @@ class Packer:
         self._jobs.put(token)
         while not token.done.wait(ALIVE_SECONDS):
             # Closed by somebody else meanwhile: nothing behind its end is done any more.
-            if not all(thread.is_alive() for thread in self._threads) and not token.done.is_set():
+            if not self._threads[-1].is_alive() and not token.done.is_set():
                 raise StorageUnavailable(reason="the repository was closed")
         self.check(since=since)
 
@@ -274,7 +274,7 @@ class Packer:
         pack_id = PackId(self._ambient.random_bytes(16))
         path = self._spool / pack_id.hex()
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        match_owner(path)
+        match_owner(path, file)
         return _OpenPack(pack_id=pack_id, path=path, file=file)
 
     def _fail_open(self, is_node: bool, blobs: list[NewBlob], error: BackupfsError) -> None:

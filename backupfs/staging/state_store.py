@@ -121,8 +121,8 @@ class StateStore:
         # from one that is void.
         path = self._folder / f"{draft_id}.{sequence}{WRITING_SUFFIX}"
         with translated():
-            path.touch()
-            match_owner(path)
+            with contextlib.suppress(FileExistsError), path.open("xb") as file:
+                match_owner(path, file.fileno())
             for older in self._marks[draft_id].keys() - {path}:
                 older.unlink(missing_ok=True)
         self._marks[draft_id] = {path: sequence}

@@ -79,7 +79,7 @@ class LocalStorage:
     def get(self, name: ObjectName, *, size_max: int) -> bytes:
         try:
             with open(self.folder / name, "rb", opener=_open_file) as file:
-                data = file.read(size_max + 1)
+                data = file.read(size_max + 1) or b""  # None of a pipe whose writer is silent
         except FileNotFoundError as error:
             raise ObjectNotFound(name=name) from error
         except OSError as error:
@@ -191,7 +191,7 @@ class LocalStorage:
         )
         file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            match_owner(temporary)
+            match_owner(temporary, file)
             write_all(file, data)
             os.fsync(file)
         except OSError:
@@ -321,9 +321,9 @@ def replace_file(path: Path, data: Buffer, *, token: str) -> None:
     ``token`` keeps the temporary names of two callers apart.
     """
     temporary = path.with_name(f".{path.name}.{token}.tmp")
-    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        match_owner(temporary)
+        match_owner(temporary, file)
         write_all(file, data)
         os.fsync(file)
         temporary.replace(path)

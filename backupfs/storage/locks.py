@@ -70,14 +70,16 @@ def try_lock(path: Path) -> FileLock | None:
 
 
 def _open_lock(path: Path) -> int:
-    try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except PermissionError:
-        # Another user's: it can be held all the same, and only our name not be left in it.
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    if not os.fstat(file).st_size:
-        match_owner(path)
-    return file
+    """Open the file of a lock, made if absent."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    while True:
+        try:
+            return os.open(path, flags)
+        except FileNotFoundError:
+            with contextlib.suppress(FileExistsError):
+                file = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+                match_owner(path, file)
+                return file
 
 
 @contextlib.contextmanager

@@ -312,6 +312,42 @@ def test_a_disk_that_fails_the_cleaning_up_too_fails_the_writers_and_hangs_nobod
     assert reads(parts, blob)
 
 
+def test_a_seal_that_is_answered_while_others_close_is_no_error(parts, monkeypatch):
+    reached, go = threading.Event(), threading.Event()
+    real = parts.storage.put_new
+
+    def slow(name, data):
+        reached.set()
+        assert go.wait(10)
+        real(name, data)
+
+    monkeypatch.setattr(packer_module, "ALIVE_SECONDS", 0.01)
+    monkeypatch.setattr(parts.storage, "put_new", slow)
+    blob = new_blob(parts, 1)
+    put(parts, blob)
+    outcomes: list[object] = []
+
+    def seal() -> None:
+        try:
+            parts.packer.seal(since=0)
+            outcomes.append("sealed")
+        except StorageUnavailable as error:
+            outcomes.append(error)
+
+    sealing = threading.Thread(target=seal)
+    sealing.start()
+    assert reached.wait(10)
+    closing = threading.Thread(target=parts.packer.close)
+    closing.start()
+    parts.packer._threads[0].join(10)  # the packer's own has ended, the sealer is at work
+    time.sleep(0.1)
+    go.set()
+    for thread in (sealing, closing):
+        thread.join(10)
+
+    assert outcomes == ["sealed"]
+
+
 def test_a_seal_that_a_close_overtakes_is_told(parts):
     parts.packer.close()
     parts.packer._is_closed = False  # as it was when the seal had looked

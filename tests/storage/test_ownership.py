@@ -18,7 +18,7 @@ OWNER = 65534
 
 def give_away(folder: Path) -> None:
     for path in (folder, *folder.rglob("*")):
-        os.chown(path, OWNER, OWNER)
+        os.chown(path, OWNER, OWNER, follow_symlinks=False)
 
 
 def work(location: str, seed: int, cache: Path) -> None:
@@ -64,26 +64,30 @@ def test_owner_goes_on_where_root_has_worked(location: str, scratch: Path, umask
     assert in_a_child(by_root) == 0
 
 
-def test_a_lock_of_another_user_can_be_held(location: str, scratch: Path) -> None:
-    """As left by a root whose files nobody gave to the owner."""
-    scratch.chmod(0o755)
-    with Service.open(location) as service:
-        back_up(service, noise(100_000, seed=1))
-    give_away(Path(location))
-    for lock in (Path(location) / "locks").iterdir():
-        os.chown(lock, 0, 0)
-        lock.chmod(0o644)
-    cache = scratch / "cache"
-    cache.mkdir()
-    os.chown(cache, OWNER, OWNER)
+@pytest.mark.parametrize("name", ["locks/gc", "locks/publish", "spool/reserve"])
+def test_root_gives_away_nothing_that_lies_elsewhere(
+    location: str, scratch: Path, name: str
+) -> None:
+    """The owner may put links into the repository, to what only root can read or make."""
+    roots_own = scratch / "root's own"
+    roots_own.mkdir(mode=0o700)
+    for place in ("there", "not there"):
+        target = roots_own / place
+        if place == "there":
+            target.touch()
+        link = Path(location) / name
+        link.parent.mkdir(exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        give_away(Path(location))
 
-    def by_owner() -> None:
-        os.setgroups([])
-        os.setgid(OWNER)
-        os.setuid(OWNER)
-        work(location, 2, cache)
+        def by_root(place: str = place) -> None:
+            work(location, 1 + (place == "there"), scratch / "cache")
 
-    assert in_a_child(by_owner) == 0
+        in_a_child(by_root)
+
+        assert sorted(os.listdir(roots_own)) == (["there"])
+        assert (target.lstat().st_uid if target.exists() else 0) == 0
 
 
 def test_what_root_makes_for_itself_stays_its_own(tmp_path: Path) -> None:
