@@ -113,8 +113,10 @@ class _Reserve:
         """Make it again where it is gone, or not whole; without room, the next gc will."""
         with contextlib.suppress(OSError):
             if not self._path.exists() or self._path.stat().st_size < RESERVE_SIZE:
-                self._path.write_bytes(self._ambient.random_bytes(RESERVE_SIZE))
-                match_owner(self._path)
+                self._path.unlink(missing_ok=True)
+                with self._path.open("xb") as file:
+                    match_owner(self._path, file.fileno())
+                    file.write(self._ambient.random_bytes(RESERVE_SIZE))
 
 
 class _Run:
@@ -129,6 +131,7 @@ class _Run:
     def run(self) -> Collected:
         self._clean_after_the_dead()
         self._repository.refresh_index()
+        self._check_packs_stay()
         packs = list_packs(self._storage)
         condemned = self._choose(packs)
         deleted: set[PackId] = set()
@@ -144,6 +147,13 @@ class _Run:
             bytes_before=sum(packs.values()),
             bytes_after=sum(after.values()),
         )
+
+    def _check_packs_stay(self) -> None:
+        """Of two copies gc would delete the one that stays."""
+        if self._repository.index.fleeting():
+            raise StorageUnavailable(
+                reason="the disk does not say that all packs are there to stay"
+            )
 
     def _clean_after_the_dead(self) -> None:
         """What a gc or a writer left that was killed: stale plans, sessions, spooled packs."""
@@ -249,6 +259,7 @@ class _Run:
         try:
             self._wait_for_sessions(plan)
             reached = self._mark(self._watch.acknowledged_roots(plan.plan_id))
+            self._check_packs_stay()
             if reached.missing - self._missing:
                 raise StorageUnavailable(reason="blobs are missing that were there (see verify)")
             self._keep_better_copies(condemned, packs, reached)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import struct
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ class Index:
         self._spoilt = environment.open_db(
             b"spoilt"
         )  # pack id -> b"": a damaged copy was met in it
-        self._fleeting = environment.open_db(b"fleeting")  # pack id -> b"": see ``set_fleeting``
+        self._fleeting = environment.open_db(b"fleeting")  # pack id -> b"": see ``note_fleeting``
         self._meta = environment.open_db(b"meta")
         self._listed = Databases(blobs=self._blobs, damaged=self._damaged, suspects=self._suspects)
         self.lookup_count = 0  # blobs asked for by this process, for who measures
@@ -161,7 +161,8 @@ class Index:
             transaction.put(pack_id, NUMBER.pack(number), db=self._numbers)
             listing = self._listing(transaction)
             listed, is_in_doubt = listing.to_be_listed(ordered)
-            if transaction.get(pack_id, db=self._spoilt) is not None:
+            is_spoilt = transaction.get(pack_id, db=self._spoilt) is not None
+            if is_spoilt or transaction.get(pack_id, db=self._fleeting) is not None:
                 listed = [entry for entry in listed if listing.value(entry.blob_id) is None]
             elif transaction.stat(self._damaged)["entries"]:
                 listing.note_healed(listed)
@@ -201,19 +202,20 @@ class Index:
                     transaction.delete(number, db=self._packs)
                 transaction.delete(pack_id, db=self._suspects)
                 transaction.delete(pack_id, db=self._spoilt)
+                transaction.delete(pack_id, db=self._fleeting)
             generation = self._bump_generation(transaction)
             if leaves_gaps:
                 transaction.put(b"gaps", generation, db=self._meta)
 
-    def set_fleeting(self, pack_ids: Iterable[PackId]) -> None:
-        """These packs, and no others, are there, but may be gone after a power cut: their names could
-        not be made durable. They can be read, and nobody relies on them."""
-        pack_ids = set(pack_ids)
-        if pack_ids == self.fleeting():
+    def note_fleeting(self, asked: Set[PackId], fleeting: Set[PackId]) -> None:
+        """Of the packs ``asked`` for, those in ``fleeting`` are there, but may be gone after a power
+        cut: their names could not be made durable. They can be read, and nobody relies on them."""
+        if not fleeting and not self.fleeting() & asked:
             return
         with self._writing() as transaction:
-            transaction.drop(self._fleeting, delete=False)
-            for pack_id in pack_ids:
+            for pack_id in asked - fleeting:
+                transaction.delete(pack_id, db=self._fleeting)
+            for pack_id in fleeting:
                 transaction.put(pack_id, b"", db=self._fleeting)
 
     def fleeting(self) -> set[PackId]:

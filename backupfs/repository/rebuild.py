@@ -85,7 +85,9 @@ def refresh_index(
     new = existing.keys() - known
     in_doubt = new | (index.fleeting() & existing.keys())
     fleeting = make_lasting([pack_name(pack_id) for pack_id in in_doubt])
-    index.set_fleeting(pack_id for pack_id in in_doubt if pack_name(pack_id) in fleeting)
+    index.note_fleeting(
+        in_doubt, {pack_id for pack_id in in_doubt if pack_name(pack_id) in fleeting}
+    )
     # Before those that are gone are forgotten: gc may have moved blobs from these into new ones, and
     # another process that has this index looks for them meanwhile.
     damage = list(_take_in(storage, ids, index, sorted(new), existing))

@@ -20,7 +20,7 @@ from backupfs.repository.rebuild import list_packs, read_footer, refresh_index
 from backupfs.repository.repository import Repository
 from backupfs.service import Service
 from backupfs.storage import local
-from backupfs.types import ObjectName
+from backupfs.types import ObjectName, PackId
 
 IDS = IdScheme()
 
@@ -259,6 +259,53 @@ def test_packs_of_a_disk_that_cannot_be_synced_are_read_and_not_relied_on(two_us
 
     other.repository.refresh_index()
     assert None not in index.find_usable(ids), "by now they are durable"
+
+
+def test_of_two_copies_the_one_that_stays_is_not_given_up(two_users, monkeypatch):
+    one, other = two_users
+    for service in two_users:
+        service.repository.writer()
+    image = noise(200_000, seed=1)
+    record = back_up(one, image)
+    other.repository.refresh_index()
+    lasting = other.repository.index.pack_ids()
+    for pack_id in lasting:  # or nothing would be stored twice
+        one.repository.index.forget_packs([pack_id])
+    back_up(one, image)
+    packs = list_packs(other.repository.storage)
+    names = {pack_name(pack_id) for pack_id in packs.keys() - lasting}
+    assert names
+    real = other.repository.storage.make_lasting
+
+    def some(asked):
+        asked = set(asked)
+        return asked & names | real(asked)
+
+    monkeypatch.setattr(other.repository.storage, "make_lasting", some)
+
+    with pytest.raises(StorageUnavailable, match="there to stay"):
+        other.gc()
+
+    assert other.repository.index.fleeting()
+    ids = leaf_ids(other.repository.reader, Root(record.root, record.height), 0, 3)
+    places = other.repository.index.find_usable(ids)
+    assert {place.pack_id for place in places if place} <= lasting and None not in places
+    assert list_packs(other.repository.storage) == packs
+    monkeypatch.undo()
+    other.gc()
+    assert restored(other, record) == image
+
+
+def test_packs_noted_by_one_process_stay_noted_when_another_asks_for_others(two_users):
+    index = two_users[0].repository.index
+    first, second = PackId(b"1" * 16), PackId(b"2" * 16)
+    index.note_fleeting({first}, {first})
+
+    index.note_fleeting({second}, set())
+    assert index.fleeting() == {first}
+
+    index.note_fleeting({first, second}, {second})
+    assert index.fleeting() == {second}
 
 
 def test_want_of_descriptors_leaves_nothing_in_doubt(two_users, monkeypatch):
