@@ -85,11 +85,11 @@ class FileRequests(Requests):
         handle = BackupHandle(self._service.open_image(record), record)
         if self._area is not None:
             self._service.repository.writer().session.hold(handle.root)
-        # An image never changes, so the pages the kernel has of it stay good; but an id may have been
-        # used again, for another image.
-        before = self._opened_roots.setdefault(record.backup_id, record.root)
-        self._opened_roots[record.backup_id] = record.root
-        return self._opened(handle, keep=before == record.root)
+        # An image never changes, so the pages the kernel has of it stay good. Where an id was used again,
+        # for another image, they may be those of the first one, as long as somebody has that open.
+        if self._opened_roots.setdefault(record.backup_id, record.root) != record.root:
+            return self._opened(handle, direct=True)
+        return self._opened(handle, keep=True)
 
     async def _open_text_writer(self, entry: Entry, truncate: bool) -> FileInfo:
         self._writable()

@@ -105,7 +105,7 @@ class Requests(pyfuse3.Operations):
         self._handles: dict[int, Handle] = {}
         self._folder_handles: dict[int, list[tuple[str, Entry]] | Entry] = {}
         self._next_handle = 1
-        self._opened_roots: dict[str, BlobId] = {}  # of backups, by id, as last opened
+        self._opened_roots: dict[str, BlobId] = {}  # of backups, by id, as first opened
         self._writers_open = 0  # handles of staged files, open for writing
         self._sidecars: dict[str, TextWriter] = {}
         self._publishing: dict[trio.Event, _Publish] = {}

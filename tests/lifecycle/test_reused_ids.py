@@ -24,8 +24,14 @@ def test_backup_under_an_id_that_was_used_again_is_shown_as_it_is(
             assert becomes(shown.exists, seconds=20)
             assert_same(shown.read_bytes(), content(MIB, 1), "the first")
 
+            held = shown.open("rb", buffering=0)
             service.delete(before)
             service.backup(BytesSource(content(MIB, 2)), volume="vm", backup_id=backup_id)
 
             assert_same(shown.read_bytes(), content(MIB, 2), "the second")
             assert_same(site.latest("vm").read_bytes(), content(MIB, 2), "the second")
+            held.seek(0)
+            assert_same(held.read(), content(MIB, 1), "the first, still open")
+            held.close()
+            for _ in range(2):
+                assert_same(shown.read_bytes(), content(MIB, 2), "the second")
