@@ -20,7 +20,7 @@ from backupfs.format import codec, tree
 from backupfs.format.config import CHUNK_SIZE_MAX, CHUNK_SIZE_MIN
 from backupfs.format.ids import DIGEST_SIZE, IdScheme
 from backupfs.format.names import BACKUP_NAME, check_volume_name
-from backupfs.types import BLOB_ID_SIZE, IMAGE_SIZE_MAX, BlobId, Buffer, ObjectName
+from backupfs.types import BLOB_ID_SIZE, IMAGE_SIZE_MAX, BlobId, Buffer, ObjectName, ceil_div
 
 VERSION = 1
 RECORD_SIZE_MAX = 1 << 20
@@ -255,7 +255,8 @@ def _from_fields(fields: codec.Fields) -> Record:
             "source_mtime_ns", low=TIME_NS_MIN, high=TIME_NS_MAX
         ),
         source_mode=fields.optional_integer("source_mode", low=0, high=0o7777),
-        data_size=fields.integer("data_size", high=size),
+        # Records of before it was cut to the image's end count whole chunks.
+        data_size=fields.integer("data_size", high=ceil_div(size, chunk_size) * chunk_size),
         stored_bytes=fields.integer("stored_bytes"),
         host=fields.text("host", size_max=255),
         metadata=None if metadata is None else decode_metadata(metadata),

@@ -30,7 +30,7 @@ from backupfs.format.record import (
     is_backup_id,
     record_name,
 )
-from backupfs.types import HOLE, IMAGE_SIZE_MAX, BlobId
+from backupfs.types import HOLE, IMAGE_SIZE_MAX, BlobId, ceil_div
 
 IDS = IdScheme()
 ENCODED = encode_record(FULL_RECORD, IDS)
@@ -309,7 +309,10 @@ def test_a_record_that_is_not_canonical_is_refused():
         {"source_mode": -1},
         {"data_size": -1},
         {"data_size": 1 << 63},
-        {"data_size": FULL_RECORD.size + 1},
+        {
+            "data_size": ceil_div(FULL_RECORD.size, FULL_RECORD.chunk_size) * FULL_RECORD.chunk_size
+            + 1
+        },
         {"stored_bytes": None},
         {"host": "h" * 256},
         {"host": None},
@@ -342,6 +345,14 @@ def test_a_record_that_is_not_canonical_is_refused():
 )
 def test_a_record_that_says_what_cannot_be_is_refused(changed):
     refusal(sealed(**changed))
+
+
+def test_data_may_be_counted_in_whole_chunks():
+    """As in records of before data_size was cut to the image's end."""
+    whole = ceil_div(FULL_RECORD.size, FULL_RECORD.chunk_size) * FULL_RECORD.chunk_size
+    assert whole > FULL_RECORD.size
+
+    assert decode_record(sealed(data_size=whole), IDS).data_size == whole
 
 
 def test_metadata_of_every_depth_is_taken_or_refused():
