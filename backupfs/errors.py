@@ -54,7 +54,7 @@ class InvalidOption(RequestError):
 
 
 class VolumeNamed(RequestError):
-    template = "{selector!r} is a volume: name one of its backups, like '{selector}@latest'"
+    template = "{selector!r} is a volume: name its backups, like '{selector}@latest'"
 
 
 class InvalidMetadata(RequestError):

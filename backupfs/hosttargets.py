@@ -136,11 +136,11 @@ class FileTarget(HostTarget):
         if self._force:
             with suppress(FileNotFoundError):
                 replaced = os.stat(self._path)
-        with suppress(PermissionError):
+        # Some file systems have no owners and modes to change.
+        with suppress(OSError):
             if replaced is not None:
                 os.fchown(self._descriptor, replaced.st_uid, replaced.st_gid)
-        # Some file systems have no modes to change.
-        with suppress(PermissionError):
+        with suppress(OSError):
             new_mode = self._mode & ~_umask()
             mode = new_mode if replaced is None else stat.S_IMODE(replaced.st_mode)
             os.fchmod(self._descriptor, mode)

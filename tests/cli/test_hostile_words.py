@@ -26,6 +26,7 @@ from backupfs.errors import (
     InvalidName,
     InvalidOption,
     InvalidRecord,
+    VolumeNamed,
 )
 from backupfs.format.names import check_volume_name
 from backupfs.fuse.options import SETTLE_SECONDS_MAX, parse_mount_options
@@ -160,6 +161,9 @@ def test_any_selector_stands_for_one_backup_or_says_why_not(opened):
             found = opened.resolve(selector)
         except (BackupNotFound, AmbiguousBackup) as error:
             assert str(error)
+            return
+        except VolumeNamed:
+            assert selector in {record.volume for record in records}
             return
         volume, _, moment = selector.rpartition("@")
         assert found.backup_id.startswith(selector.lower()) or (
