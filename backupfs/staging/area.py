@@ -412,7 +412,7 @@ class StagingArea:
             try:
                 make_lasting(self._repository, published)
             except StorageError as error:
-                self._decider.hold(staged, f"publishing failed: {error}")
+                self._decider.hold(staged, f"publishing failed: {error}", may_retry=True)
                 return
             staged.became_backup(published.backup_id, self._ambient.new_uuid())
             self._keeper.save_if_possible(staged)

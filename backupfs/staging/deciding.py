@@ -18,6 +18,8 @@ from backupfs.staging.lifecycle import Policy, State, decide
 from backupfs.staging.publish import Publication, publish
 from backupfs.staging.staged_file import StagedFile
 
+RETRY_SECONDS = 30.0  # until a publish that failed is tried again
+
 
 class Decider:
     """Moves staged files from state to state by one policy."""
@@ -39,9 +41,11 @@ class Decider:
         self._session = repository.writer().session
 
     def has_settled(self, staged: StagedFile) -> bool:
+        """Whether it has been quiet for long enough, or is to be published again after an error."""
         settle_at = staged.settle_at
-        is_waiting = staged.state is State.SETTLING and not staged.unlinked
-        return is_waiting and settle_at is not None and settle_at <= self._ambient.monotonic()
+        return (
+            not staged.unlinked and settle_at is not None and settle_at <= self._ambient.monotonic()
+        )
 
     def decide_alone(self, staged: StagedFile, *, settled: bool = False) -> None:
         """For nobody who waits for the answer: an error holds the file, which says why."""
@@ -61,6 +65,7 @@ class Decider:
         if decision.state is State.HELD:
             self.hold(staged, decision.reason)
             return None
+        before = staged.state, staged.reason
         staged.state, staged.reason, staged.settle_at = decision.state, decision.reason, None
         if decision.state is State.SETTLING:
             staged.settle_at = self._ambient.monotonic() + self._policy.settle_seconds
@@ -69,6 +74,7 @@ class Decider:
         try:
             return self._publish(staged)
         except BackupfsError as error:
+            staged.state, staged.reason = before  # told once, however often it is tried
             self.hold(staged, f"publishing failed: {error}", may_retry=True)
             raise
 
@@ -110,9 +116,12 @@ class Decider:
             return None
 
     def hold(self, staged: StagedFile, reason: str, *, may_retry: bool = False) -> None:
-        """``may_retry``: nothing speaks against the content, and the next start tries again."""
+        """``may_retry``: nothing speaks against the content; it is tried again, here or by the next
+        start."""
         if (staged.state, staged.reason) != (State.HELD, reason):
             self._events.add("held", staged.name, reason)
         staged.state, staged.reason, staged.settle_at = State.HELD, reason, None
         staged.may_retry = may_retry
+        if may_retry:
+            staged.settle_at = self._ambient.monotonic() + RETRY_SECONDS
         self._keeper.save_if_possible(staged)

@@ -41,7 +41,7 @@ class StagedFile:
         self.unlinked = False
         self.state = State.OPEN
         self.reason = ""
-        self.may_retry = False  # held for an error of publishing: the next start tries again
+        self.may_retry = False  # held for an error of publishing, which is tried again
         self.settle_at: float | None = None  # on the monotonic clock
         self.stored_bytes = 0
         self.next_id = next_id

@@ -33,6 +33,7 @@ from backupfs.format.draft_state import DraftState
 from backupfs.repository.repository import Repository
 from backupfs.service import Policy, Service
 from backupfs.staging.area import StagingArea
+from backupfs.staging.deciding import RETRY_SECONDS
 from backupfs.staging.lifecycle import State
 from backupfs.staging.state_store import StateStore
 from backupfs.staging.write_handle import WriteHandle
@@ -986,6 +987,41 @@ def test_publishing_that_failed_is_tried_by_the_next_daemon(location):
 
     with next_start(location) as (service, area):
         assert images(service) == [IMAGE]
+
+
+def test_publishing_that_failed_is_tried_again_now_and_then(location, clock):
+    storage = FaultyStorage(location)
+    with Service(Repository(storage, clock)) as service:
+        area = service.open_staging(Policy(), mountpoint=None)
+        handle = create(area, "vm.img")
+        write(area, handle, IMAGE)
+        area.flush(handle, interrupted=False)
+        storage.fail_at(1, UNAVAILABLE, stay_broken=True)
+        area.release(handle, interrupted=False)
+        assert state(area, "vm.img").startswith("held: publishing failed")
+
+        for _ in range(3):
+            assert not area.settled()
+            clock.advance(RETRY_SECONDS)
+            publish_settled(area)
+        assert state(area, "vm.img").startswith("held: publishing failed")
+        assert area.events.text().count("publishing failed") == 1, "told once"
+
+        storage.repair()
+        clock.advance(RETRY_SECONDS)
+        publish_settled(area)
+
+        assert state(area, "vm.img") == "published"
+        assert images(service) == [IMAGE]
+        area.close()
+
+
+def test_a_file_held_for_another_reason_is_not_tried_again(area, clock):
+    copy(area, "vm.img", IMAGE, killed=True)
+
+    clock.advance(10 * RETRY_SECONDS)
+
+    assert not area.settled()
 
 
 def test_an_error_of_the_last_write_back_is_not_told_the_next_writer(location):
