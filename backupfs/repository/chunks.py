@@ -123,10 +123,7 @@ class ChunkStore:
         new = [(blob_id, plain) for blob_id, plain in wanted.items() if blob_id in missing]
         try:
             # Of damage another process may have found more than this one has heard of.
-            known = listed.keys() | self._avoided.blobs | self._index.damaged()
-            if self._index.fleeting():
-                places = zip(wanted, self._index.find_many(list(wanted)), strict=True)
-                known |= {blob_id for blob_id, place in places if place is not None}
+            known = listed.keys() | self._avoided.blobs | self._index.unusable(wanted)
             blobs = self._encode(new, ids, level, known, find_earlier)
             self._packer.append(blobs)
         except BaseException as error:  # claimed blobs that never come must not be relied on

@@ -128,6 +128,20 @@ class Index:
             locations.append(location)
         return locations
 
+    def unusable(self, blob_ids: Iterable[BlobId]) -> set[BlobId]:
+        """Those that ``find_usable`` keeps back: they are named here, and nobody may rely on them."""
+        with self._reading() as transaction:
+            has_damaged = transaction.stat(self._damaged)["entries"]
+            fleeting = self._fleeting_packs(transaction)
+            if not has_damaged and not fleeting:
+                return set()
+            listing = self._listing(transaction)
+            return {
+                blob_id
+                for blob_id in blob_ids
+                if listing.is_damaged(blob_id) or listing.pack_of(blob_id) in fleeting
+            }
+
     def find_packed(self, blob_ids: Sequence[BlobId]) -> list[bytes | None]:
         """The same as it is stored, a ``LOCATION`` each, at a quarter of the cost; None for a
         difference too."""
