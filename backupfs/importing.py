@@ -12,7 +12,6 @@ from backupfs.errors import (
     MissingData,
     ObjectExists,
     ObjectNotFound,
-    StorageUnavailable,
 )
 from backupfs.format.record import Record, decode_record
 from backupfs.repository.images import Root
@@ -48,9 +47,7 @@ def import_record(repository: Repository, catalogue: Catalogue, data: bytes) -> 
         if is_reachable:
             # Of a large image this takes minutes: nobody who publishes is to wait for it.
             repository.refresh_index()
-            if repository.index.fleeting():
-                reason = "the disk does not say that all packs are there to stay"
-                raise StorageUnavailable(reason=reason)
+            repository.check_packs_stay()
             _check_reachable(repository, record)
         with publishing(repository):
             catalogue.refresh()

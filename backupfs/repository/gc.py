@@ -131,7 +131,7 @@ class _Run:
     def run(self) -> Collected:
         self._clean_after_the_dead()
         self._repository.refresh_index()
-        self._check_packs_stay()
+        self._repository.check_packs_stay()
         packs = list_packs(self._storage)
         condemned = self._choose(packs)
         deleted: set[PackId] = set()
@@ -259,7 +259,7 @@ class _Run:
         try:
             self._wait_for_sessions(plan)
             reached = self._mark(self._watch.acknowledged_roots(plan.plan_id))
-            self._check_packs_stay()
+            self._repository.check_packs_stay()
             if reached.missing - self._missing:
                 raise StorageUnavailable(reason="blobs are missing that were there (see verify)")
             self._keep_better_copies(condemned, packs, reached)

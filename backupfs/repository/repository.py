@@ -286,6 +286,13 @@ class Repository:
             self.index.clear()
         return self.refresh_index()
 
+    def check_packs_stay(self) -> None:
+        """For who deletes a copy, or takes one for all that is needed. Raises: StorageUnavailable."""
+        if self.index.fleeting():
+            raise StorageUnavailable(
+                reason="the disk does not say that all packs are there to stay"
+            )
+
     def _refresh_for_reader(self, *, is_known: bool) -> None:
         is_recent = self.ambient.monotonic() - self._refreshed_at <= REFRESH_SECONDS
         if not (is_known and is_recent):
