@@ -93,3 +93,13 @@ def test_a_batch_that_cannot_be_compressed_leaves_no_claim_behind(parts, monkeyp
     assert batch.added_size > 0
     parts.store.seal(since=parts.store.failures)
     assert parts.reader.chunks(batch.ids) == CHUNKS
+
+
+def test_what_a_closed_packer_does_not_take_is_claimed_by_nobody(parts):
+    """Or a seal would wait for it for ever."""
+    parts.packer.close()
+
+    with pytest.raises(StorageUnavailable):
+        parts.store.store_chunks([noise(CHUNK_SIZE, seed=1)])
+
+    assert not parts.packer._claimed
