@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -37,9 +38,10 @@ from backupfs.repository.sessions import (
     gc_lock_path,
     plan_name,
 )
+from backupfs.storage.local import write_all
 from backupfs.storage.locks import FileLock, holder, try_lock
 from backupfs.storage.oserrors import is_want_of_resources, translated
-from backupfs.storage.ownership import match_owner
+from backupfs.storage.ownership import make_file
 from backupfs.types import BlobId, PackId, Progress
 
 log = logging.getLogger(__name__)
@@ -114,9 +116,11 @@ class _Reserve:
         with contextlib.suppress(OSError):
             if not self._path.exists() or self._path.stat().st_size < RESERVE_SIZE:
                 self._path.unlink(missing_ok=True)
-                with self._path.open("xb") as file:
-                    match_owner(self._path, file.fileno())
-                    file.write(self._ambient.random_bytes(RESERVE_SIZE))
+                file = make_file(self._path)
+                try:
+                    write_all(file, self._ambient.random_bytes(RESERVE_SIZE))
+                finally:
+                    os.close(file)
 
 
 class _Run:

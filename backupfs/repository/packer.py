@@ -29,7 +29,7 @@ from backupfs.repository.index import BlobLocation, Index
 from backupfs.storage.base import SpooledFile, Storage
 from backupfs.storage.local import read_all, write_all
 from backupfs.storage.oserrors import storage_error
-from backupfs.storage.ownership import match_owner
+from backupfs.storage.ownership import make_file
 from backupfs.types import BlobId, PackId
 
 log = logging.getLogger(__name__)
@@ -273,8 +273,7 @@ class Packer:
     def _new_pack(self) -> _OpenPack:
         pack_id = PackId(self._ambient.random_bytes(16))
         path = self._spool / pack_id.hex()
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        match_owner(path, file)
+        file = make_file(path, access=os.O_RDWR)
         return _OpenPack(pack_id=pack_id, path=path, file=file)
 
     def _fail_open(self, is_node: bool, blobs: list[NewBlob], error: BackupfsError) -> None:

@@ -47,7 +47,7 @@ from backupfs.repository.workers import Credit, Share, Workers
 from backupfs.storage.local import LocalStorage, make_folders, sync_folder
 from backupfs.storage.locate import local_folder, open_storage
 from backupfs.storage.oserrors import translated
-from backupfs.storage.ownership import match_owner
+from backupfs.storage.ownership import give_folder
 
 # How long to wait for another process that publishes, or whose gc is in the way.
 LOCK_SECONDS_MAX = 60.0
@@ -123,7 +123,7 @@ class Writer:
         try:
             with translated():
                 self._spool.mkdir(parents=True)
-                match_owner(self._spool)
+                give_folder(self._spool)
         except BaseException:  # whatever it was, nobody else will end the session
             self.session.close()  # or gc would wait for a writer that never was
             raise

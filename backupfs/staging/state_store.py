@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
 import sys
 from collections import defaultdict
@@ -33,7 +34,7 @@ from backupfs.repository.marking import DRAFT_SUFFIX, DRAFTS
 from backupfs.storage.local import make_folders, replace_file, sync_folder
 from backupfs.storage.locks import FileLock, holder, is_held, try_lock
 from backupfs.storage.oserrors import translated
-from backupfs.storage.ownership import match_owner
+from backupfs.storage.ownership import make_file
 
 log = logging.getLogger(__name__)
 
@@ -121,8 +122,8 @@ class StateStore:
         # from one that is void.
         path = self._folder / f"{draft_id}.{sequence}{WRITING_SUFFIX}"
         with translated():
-            with contextlib.suppress(FileExistsError), path.open("xb") as file:
-                match_owner(path, file.fileno())
+            with contextlib.suppress(FileExistsError):
+                os.close(make_file(path))
             for older in self._marks[draft_id].keys() - {path}:
                 older.unlink(missing_ok=True)
         self._marks[draft_id] = {path: sequence}

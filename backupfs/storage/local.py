@@ -20,7 +20,7 @@ from backupfs.ambient import Ambient
 from backupfs.errors import CorruptObject, ObjectExists, ObjectNotFound, StorageUnavailable
 from backupfs.storage.base import ObjectInfo, SpooledFile
 from backupfs.storage.oserrors import is_wanting, reading_error, storage_error, translated
-from backupfs.storage.ownership import match_owner
+from backupfs.storage.ownership import give_folder, make_file
 from backupfs.types import Buffer, ObjectName
 
 log = logging.getLogger(__name__)
@@ -189,9 +189,8 @@ class LocalStorage:
         temporary = target.with_name(
             f".{target.name[:64]}.{self._ambient.random_bytes(8).hex()}.tmp"
         )
-        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        file = make_file(temporary)
         try:
-            match_owner(temporary, file)
             write_all(file, data)
             os.fsync(file)
         except OSError:
@@ -321,9 +320,8 @@ def replace_file(path: Path, data: Buffer, *, token: str) -> None:
     ``token`` keeps the temporary names of two callers apart.
     """
     temporary = path.with_name(f".{path.name}.{token}.tmp")
-    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    file = make_file(temporary)
     try:
-        match_owner(temporary, file)
         write_all(file, data)
         os.fsync(file)
         temporary.replace(path)
@@ -396,7 +394,7 @@ def make_folders(folder: Path, *, mode: int = 0o777, is_private: bool = False) -
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=mode)
         if not is_private:
-            match_owner(folder)
+            give_folder(folder)
     # Also where it is there: who made it may not have come to this.
     sync_folder(folder.parent)
 

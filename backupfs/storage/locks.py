@@ -15,7 +15,7 @@ from pathlib import Path
 from backupfs.ambient import Ambient
 from backupfs.errors import LockTimeout
 from backupfs.storage.oserrors import translated
-from backupfs.storage.ownership import match_owner
+from backupfs.storage.ownership import give_folder, make_file
 
 HOLDER_SIZE_MAX = 1024
 POLL_SECONDS = 0.005
@@ -53,7 +53,7 @@ def try_lock(path: Path) -> FileLock | None:
     with translated():
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
-            match_owner(path.parent)
+            give_folder(path.parent)
         while True:
             file = _open_lock(path)
             try:
@@ -71,15 +71,12 @@ def try_lock(path: Path) -> FileLock | None:
 
 def _open_lock(path: Path) -> int:
     """Open the file of a lock, made if absent."""
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
     while True:
         try:
-            return os.open(path, flags)
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
             with contextlib.suppress(FileExistsError):
-                file = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
-                match_owner(path, file)
-                return file
+                return make_file(path, access=os.O_RDWR)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,9 @@
-"""Keeps a repository usable by its owner when root works in it."""
+"""Keeps a repository usable by its owner when root works in it.
+
+A single gc by root would else leave locks and folders that the owner cannot use. As that owner could put
+something else in the place of what we make, nothing is given away that was not made by us, and no
+link is followed.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +12,19 @@ import os
 from pathlib import Path
 
 
-def match_owner(path: Path, file: int | None = None) -> None:
-    """Give what we have just made to the owner of the folder it lies in, where that is not us.
+def make_file(path: Path, *, access: int = os.O_WRONLY) -> int:
+    """Make and open a file that is not there, for the owner of its folder. Raises: OSError."""
+    file = os.open(path, access | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    _give(path, file)
+    return file
 
-    A single gc by root would else leave locks and folders that the repository's owner cannot use.
-    ``file``: its descriptor, where there is one; as that owner could put something else there, nothing
-    is given away that was not made by us, and no link is followed.
-    """
+
+def give_folder(path: Path) -> None:
+    """Give a folder that was just made to the owner of the one it lies in."""
+    _give(path, None)
+
+
+def _give(path: Path, file: int | None) -> None:
     if os.geteuid() != 0:
         return
     with contextlib.suppress(OSError):  # of a file system without owners, or one that squashes root
