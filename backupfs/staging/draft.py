@@ -254,8 +254,9 @@ class Draft:
     def _work(self, number: int, batch: Batch) -> None:
         size = len(batch) * self._chunk_size
         try:
-            if self._error is None:  # else it is lost with what came before it
-                self._store_batch(batch)
+            with self._lock:
+                self._check_error()  # or it is lost with what came before it
+            self._store_batch(batch)
         except BackupfsError as error:
             self._fail(error)
         except Exception as error:  # a bug must fail this draft, not hang its flush
