@@ -152,13 +152,6 @@ class _Run:
             bytes_after=sum(after.values()),
         )
 
-    def _check_packs_stay(self) -> None:
-        """Of two copies gc would delete the one that stays."""
-        if self._repository.index.fleeting():
-            raise StorageUnavailable(
-                reason="the disk does not say that all packs are there to stay"
-            )
-
     def _clean_after_the_dead(self) -> None:
         """What a gc or a writer left that was killed: stale plans, sessions, spooled packs."""
         for info in list(self._storage.list(PLANS_PREFIX)):
