@@ -229,3 +229,35 @@ def test_the_time_of_the_data_names_the_backup(service):
 
     assert record.name == "1999-12-31T235959Z.img"
     assert record.data_timestamp == moment.replace(microsecond=0)
+
+
+def test_a_latest_backup_of_a_clock_that_was_ahead_is_warned_of(location, caplog):
+    clock = SetClock()
+    with Service.open(location, ambient=clock) as service:
+        clock.advance(86400)
+        ahead = back_up(service, b"ahead")
+        assert "a clock was ahead" not in caplog.text
+        clock.advance(-86400)
+
+        back_up(service, b"now")
+
+        assert "a clock was ahead" in caplog.text
+        assert service.resolve("vm@latest") == ahead
+
+
+def test_no_record_is_taken_in_over_packs_that_may_not_last(location):
+    with Service.open(location) as service:
+        record = back_up(service, noise(5 * CHUNK_SIZE, seed=1))
+        exported = service.export_record(record)
+        service.delete(record)
+        repository = service.repository
+        packs = repository.index.pack_ids()
+        repository.storage.make_lasting = set
+        repository.index.note_fleeting(packs, packs)
+
+        with pytest.raises(StorageUnavailable, match="there to stay"):
+            service.import_record(exported)
+
+        assert service.backups() == []
+        del repository.storage.make_lasting
+        assert service.import_record(exported).record == record
